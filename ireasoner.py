@@ -1,0 +1,1838 @@
+"""iReasoner: a vision-language model improves itself on unlabeled images.
+
+A reference implementation of "iReasoner: Trajectory-Aware Intrinsic Reasoning Supervision for Self-Evolving Large
+Multimodal Models", in one file, in the order of the paper. One training step:
+
+    images    <- a few unlabeled pictures per rank
+    questions <- the Proposer (LoRA adapter 1) asks one question about each picture
+    rollouts  <- the Solver (LoRA adapter 2) answers each question N = 5 times, in numbered steps
+    rewards   <- agreement of the answers (Eq 1, 5) and, inside the majority, of the steps (Eq 2-4), mixed by Eq 6
+    update    <- KL-regularised REINFORCE against the adapter-free backbone (Eq 7), every role its own beta (Eq 8)
+
+    python ireasoner.py demo                                   # laptop: watch a tiny Qwen2.5-VL improve, no download
+    python ireasoner.py --data images                          # one GPU: train Qwen2.5-VL-7B on a folder of images
+    torchrun --nproc_per_node=8 ireasoner.py --data images     # one node of eight
+    python ireasoner.py ask IMAGE QUESTION | eval FILE.jsonl | --help
+
+Sections: Config | 3.1 Prompts and parsing | 3.1 Answers: Eq 1 | 3.2 Steps: Eq 2-4, Figure 7 | 3.3 Rewards: Eq 5, 6
+          Policy: one backbone, two adapters | 3.3 Update: Eq 7, 8 | Images | Run folder | Training loop
+          ask, eval | The dice world (demo) | Command line
+
+Where the released code of the authors differs from the paper, this file follows the paper; README.md lists each place.
+
+Axes in shape comments: B prompts (one image each), N rollouts a prompt, P prompt tokens, R completion tokens,
+V vocabulary, d model width, J steps of a trace.
+"""
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch.utils.checkpoint import checkpoint
+
+
+class UserError(ValueError):
+    """Bad input: the message names the culprit and the remedy. The command line prints it and exits with status 2."""
+
+
+# ---- Config: one line per setting makes the field, its flag, its --help text, its check and its entry in config.json --
+
+def setting(default, meaning: str, within="", resumable=False):
+    """A field of Config. `within` is an interval such as "(0, 1]" or a tuple of allowed words; `resumable` settings may
+    differ when a run is resumed."""
+    return field(default=default, metadata={"meaning": meaning, "within": within, "resumable": resumable})
+
+
+@dataclass(init=False)
+class Config:
+    """All settings; `Config(model=...)` is enough for `Policy`. What is not given comes from the preset, then from here.
+    The word in brackets is the default's source: the paper's section, [code] for the authors' released code, [ours]."""
+    # data and run folder
+    model: str = setting("Qwen/Qwen2.5-VL-7B-Instruct", "backbone: a folder or a Hugging Face id [4.1]")
+    data: str = setting("images", "unlabeled images: folders (recursive) or text files of paths [4.1]")
+    output_dir: str = setting("runs", "where run folders are made [ours]", "", True)
+    run_name: str = setting("", "name of the run folder; empty: PRESET_seedSEED [ours]", "", True)
+    preset: str = setting("ireasoner", "a row of the paper's Tables 1 to 3; explicit flags win over it [4.1]")
+    resume: str = setting("no", "no, auto (newest checkpoint of the run folder) or a step_* folder [ours]", "", True)
+    # the loop
+    total_steps: int = setting(2500, "training steps; lambda(t) is a share of them [4.1]", "[1, inf)", True)
+    num_rollouts: int = setting(5, "N, Solver rollouts per question [4.1]", "[1, inf)")
+    images_per_rank: int = setting(1, "images (= questions) per step on each rank [4.1]", "[1, inf)")
+    proposer_every: int = setting(5, "steps between Proposer updates [4.1]", "[1, inf)")
+    temperature: float = setting(1.0, "sampling temperature, also used for scoring [code]", "(0, inf)")
+    max_new_tokens_proposer: int = setting(128, "longest question, tokens [code]", "[1, inf)")
+    max_new_tokens_solver: int = setting(256, "longest solution, tokens [code]", "[1, inf)")
+    max_pixels: int = setting(802816, "larger images are shrunk to this; 784 make a visual token [ours]", "[784, inf)")
+    # rewards, Eq 1 to 6
+    answer_reward: str = setting("soft", "soft: Eq 5; discrete: 1 for the majority, else 0 [Tab 1]", ("soft", "discrete"))
+    alpha: float = setting(0.7, "sharpness of the answer reward, Eq 5 [code]", "(0, inf)")
+    eta: float = setting(0.05, "strength of the length penalty, Eq 5 [code]", "[0, 1]")
+    target_words: int = setting(64, "words before the answer that cost nothing, Eq 5 [code]", "[1, inf)")
+    gamma: float = setting(0.7, "exponent of the group density rho, Eq 2 [code]", "[0, inf)")
+    position_decay: float = setting(0.15, "kappa, decay of the step weights w_j, Eq 4 [code]", "[0, inf)")
+    min_group_size: int = setting(2, "traces needed to compare a step position, Eq 3 [code]", "[1, inf)")
+    max_reasoning_steps: int = setting(8, "J, steps kept of a trace [Tab 3]", "[1, inf)")
+    embed_max_tokens: int = setting(64, "tokens of a step that are embedded, f(s) in 3.2 [code]", "[1, inf)")
+    lambda_max: float = setting(0.7, "final weight of the step reward, Eq 6 [4.1]", "[0, 1]")
+    lambda_schedule: str = setting("ramp", "ramp: 0, then linear; constant: lambda_max [4.1]", ("ramp", "constant"))
+    warmup_frac: float = setting(0.3, "share of all steps with lambda = 0, Eq 6 [code]", "[0, 1]")
+    entropy_mu: float = setting(0.90, "answer entropy that pays the Proposer most, nats [code]", "(-inf, inf)")
+    entropy_sigma: float = setting(0.35, "width of the Proposer's reward, nats [code]", "(0, inf)")
+    # update, Eq 7 and 8
+    lr: float = setting(1e-6, "AdamW learning rate [4.1]", "(0, inf)")
+    weight_decay: float = setting(0.01, "AdamW weight decay [4.1]", "[0, inf)")
+    grad_clip: float = setting(1.0, "largest gradient norm of a role [4.1]", "(0, inf)")
+    logprob_reduction: str = setting("mean", "log pi of a rollout over its tokens, Eq 7 [ours]", ("mean", "sum"))
+    baseline_momentum: float = setting(0.9, "momentum of the EMA baseline b, Eq 7 [code]", "[0, 1)")
+    kl_coef: float = setting(1e-3, "beta at the first step, Eq 8 [code]", "[0, inf)")
+    kl_coef_min: float = setting(1e-3, "lower bound of beta, Eq 8 [ours]", "[0, inf)")
+    kl_coef_max: float = setting(1.0, "upper bound of beta, Eq 8 [ours]", "[0, inf)")
+    kl_target: float = setting(0.02, "tau, the KL that leaves beta alone, nats per token, Eq 8 [code]", "(0, inf)")
+    kl_adapt_rate: float = setting(0.10, "eta of Eq 8: how fast beta follows [code]", "[0, inf)")
+    lora_r: int = setting(16, "LoRA rank of each adapter [code]", "[1, inf)")
+    lora_alpha: int = setting(32, "LoRA scale is lora_alpha / lora_r [code]", "[1, inf)")
+    lora_dropout: float = setting(0.0, "in the gradient pass; above 0 it trains another policy than sampled [ours]", "[0, 1)")
+    # machine and bookkeeping
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N (ROCm GPUs are called cuda too) [ours]", "", True)
+    dtype: str = setting("auto", "of the backbone; auto: bfloat16 on GPU, float32 on CPU [4.1]", ("auto", "float32", "bfloat16"))
+    score_tokens: int = setting(16384, "tokens in one gradient pass; lower it if memory runs out [ours]", "[1, inf)", True)
+    seed: int = setting(0, "of adapters, data order and sampling [ours]", "[0, inf)")
+    save_every: int = setting(50, "steps between checkpoints [ours]", "[1, inf)", True)
+    keep_checkpoints: int = setting(3, "newest checkpoints kept [ours]", "[1, inf)", True)
+    show_every: int = setting(25, "steps between printed rollout groups, 0 for none [ours]", "[0, inf)", True)
+
+    def __init__(self, **given):
+        settings = {f.name: f for f in dataclasses.fields(self)}
+        for name in given:
+            if name not in settings:
+                raise UserError(f"{name}: no such setting{did_you_mean(name, settings)}")
+        preset = given.get("preset", settings["preset"].default)
+        if preset not in PRESETS:
+            raise UserError(f"--preset {preset}: no such preset{did_you_mean(preset, PRESETS)} One of {', '.join(PRESETS)}.")
+        for name, f in settings.items():
+            value = given.get(name, PRESETS[preset].get(name, f.default))
+            value = float(value) if f.type is float and type(value) is int else value
+            within = f.metadata["within"]
+            if type(value) is not f.type:
+                raise UserError(f"--{name} {value!r}: must be of type {f.type.__name__}")
+            if not (value in within if isinstance(within, tuple) else not within or in_interval(value, within)):
+                expected = within if isinstance(within, str) else "one of " + ", ".join(within)
+                raise UserError(f"--{name} {value}: must be {'in ' * isinstance(within, str)}{expected} ({f.metadata['meaning']})")
+            setattr(self, name, value)
+        if not self.kl_coef_min <= self.kl_coef <= self.kl_coef_max:
+            raise UserError(f"--kl_coef {self.kl_coef:g}: must lie between --kl_coef_min {self.kl_coef_min:g} and "
+                            f"--kl_coef_max {self.kl_coef_max:g}")
+
+
+PRESETS = {  # the rows of the paper's tables: what each changes
+    "ireasoner": {},                                                   # Table 2, Ours, Full
+    "evolmm": {"lambda_max": 0.0},                                     # Table 2, soft majority reward only
+    "discrete": {"answer_reward": "discrete", "lambda_max": 0.0},      # Table 1
+    "discrete_step": {"answer_reward": "discrete"},                    # Table 1
+    "step_only": {"lambda_max": 1.0, "lambda_schedule": "constant"},   # Table 2, from here on
+    "no_warmup": {"lambda_schedule": "constant"},
+    "no_position_decay": {"position_decay": 0.0},
+    "no_density": {"gamma": 0.0},
+    "no_length_penalty": {"eta": 0.0},
+    "alpha_0.5": {"alpha": 0.5},
+    "alpha_1.0": {"alpha": 1.0},
+    "steps_4": {"max_reasoning_steps": 4},                             # Table 3, from here on
+    "steps_6": {"max_reasoning_steps": 6},
+    "steps_10": {"max_reasoning_steps": 10},
+}
+
+
+def in_interval(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval written as "[0, 1)"; NaN lies in none."""
+    low, high = map(float, interval[1:-1].split(","))
+    return (low <= value if interval[0] == "[" else low < value) and (value <= high if interval[-1] == "]" else value < high)
+
+
+def did_you_mean(word: str, known) -> str:
+    """The end of a sentence that names the nearest known word, or just a full stop."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else "."
+
+
+def derive_seed(*keys) -> int:
+    """Mixes integers and strings into one 63-bit seed, the same on every machine; near keys give unrelated seeds."""
+    return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), "big") >> 1
+
+
+# ---- Section 3.1: prompts and parsing ---------------------------------------------------------------------------------
+
+def proposer_prompt() -> str:
+    """What the Proposer is asked about every image; `parse_question` reads the reply."""
+    return ("Look at the image and write one question about it.\n"
+            "It must be answerable from the image alone, need several steps of reasoning, and have one short answer.\n"
+            "Reply with the question only, in this form:\n"
+            "<question>your question</question>")
+
+
+def solver_prompt(question: str) -> str:
+    """What the Solver is asked; `parse_rollout` reads the reply. The numbered steps are the paper's step interface."""
+    return (f"{question}\n"
+            "Look at the image and reason in short numbered steps, one claim in each: first what you see, then what "
+            "follows.\n"
+            "Reply in this form:\n"
+            "<think>\nStep 1: ...\nStep 2: ...\n</think>\n<answer>short answer</answer>")
+
+
+def parse_question(text: str) -> str | None:
+    """The question in the Proposer's reply, on one line, or None: the content of <question>...</question>, else the
+    first line that asks something (ends its first part with a question mark)."""
+    tagged = re.search(r"<\s*question\s*>((?:(?!<\s*/?\s*question\s*>).)*)<\s*/\s*question\s*>", text, re.I | re.S)
+    if tagged:
+        candidates = [tagged[1]]
+    else:
+        untagged = re.sub(r"<\s*/?\s*question\s*>", "\n", text, flags=re.I)
+        candidates = re.findall(r"^[ \t#>*_-]*(?:question\s*\d*\s*[*_]*\s*:)?[ \t*_]*([^\n]*?[?？؟])", untagged, re.I | re.M)
+    for candidate in candidates:
+        if re.search(r"\w", candidate):
+            return " ".join(candidate.split())
+    return None
+
+
+@dataclass
+class Rollout:
+    """One Solver reply, parsed. `answer` is the raw text of the last complete <answer>...</answer>, None without one;
+    `words_before_answer` counts the words before it (all words without one), tags not counted."""
+    text: str
+    think: str
+    steps: list[str]
+    answer: str | None
+    words_before_answer: int
+
+
+def parse_rollout(text: str, max_steps: int = 8) -> Rollout:
+    """Splits a Solver reply into trace t_i, steps s_ij and answer a_i (section 3.1). Never raises, on any text.
+
+    >>> parse_rollout("<think>Step 1: red is 3\\nStep 2: 3 + 4 = 7</think><answer> 7 </answer>").steps
+    ['red is 3', '3 + 4 = 7']
+    """
+    answers = list(re.finditer(r"<\s*answer\s*>((?:(?!<\s*/?\s*answer\s*>).)*)<\s*/\s*answer\s*>", text, re.I | re.S))
+    opened = re.search(r"<\s*answer\s*>", text, re.I)  # an answer cut off by the token limit ends the trace as well
+    before = text[:answers[-1].start()] if answers else text[:opened.start()] if opened else text
+    think = re.split(r"<\s*think\s*>", before, maxsplit=1, flags=re.I)[-1]
+    think = re.split(r"<\s*/\s*think\s*>", think, maxsplit=1, flags=re.I)[0].strip()
+    words = re.sub(r"<\s*/?\s*(?:think|answer|step)\s*>", " ", before, flags=re.I).split()
+    return Rollout(text, think, split_steps(think, max_steps), answers[-1][1].strip() if answers else None, len(words))
+
+
+_MARKDOWN = r"^[\s#>*_+•-]*"
+_STEP_TAG = re.compile(r"<step(?:\s[^<>]*|\d+)?>(.*?)(?=</step\s*>|<step(?:\s[^<>]*|\d+)?>|\Z)", re.I | re.S)
+_STEP_WORD = re.compile(_MARKDOWN + r"(?:\d{1,2}[.)]\s*)?step\s*#?\s*\d{1,3}\s*(?:\*\*|__)?\s*"
+                        r"(?:[:)\]–—]|\.(?!\d)|-(?=\s|$)|(?=\()|$)(?:\*\*|__)?\s*", re.I)
+_NUMBERED = re.compile(_MARKDOWN + r"\(?\d{1,2}[.)]{1,2}(?!\d)(?:\*\*|__)?\s*")
+_STEP_INLINE = re.compile(r"(?<!\w)(?:\*\*|__)?step\s+(\d{1,3})\s*(?:\*\*|__)?\s*:", re.I)
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]])\s+|(?<=[。！？])|\n\s*(?=[^a-z\s])")
+_ABBREVIATION = re.compile(r"(?:^|[\s(])(?:e\.g|i\.e|etc|vs|fig|eq|no|approx|dr|mr|mrs|ms|st)\.$", re.I)
+
+
+def split_steps(think: str, max_steps: int = 8) -> list[str]:
+    """The numbered claims of a trace, in order, at most `max_steps` (section 3.2: s_i1 ... s_iJ).
+
+    Reads `Step 1:`, `Step 1 -`, `1.`, `1)`, each also behind markdown, and <step>...</step>, in any case. Lines that
+    follow a marker belong to its step; what stands before the first marker is dropped, so that step j of one trace
+    stands beside step j of another. Without any marker, sentences are the steps. Never raises, on any text.
+
+    >>> split_steps("I look first.\\n**Step 1:** 3.5 is\\n  the height\\n2) so\\nstep 2 - it fits")
+    ['3.5 is the height 2) so', 'it fits']
+    """
+    if _STEP_TAG.search(think):
+        steps = [_STEP_WORD.sub("", body.strip(), count=1) for body in _STEP_TAG.findall(think)]
+    else:
+        steps, lines = [], _break_before_inline_steps(think).split("\n")
+        marker = next((m for m in (_STEP_WORD, _NUMBERED) if any(map(m.match, lines))), None)
+        for line in lines if marker else []:
+            if mark := marker.match(line):
+                body = line[mark.end():]  # without the second half of a bold that began in the marker
+                steps.append(body.replace("**", "", 1) if mark[0].count("**") % 2 else body)
+            elif steps:
+                steps[-1] += " " + line
+        for sentence in [] if marker else _SENTENCE_END.split(think):
+            if steps and _ABBREVIATION.search(steps[-1]):
+                steps[-1] += " " + sentence.strip()
+            else:
+                steps.append(re.sub(r"^\s*[#>*+•-]+\s+", "", sentence))
+    steps = [" ".join(step.split()) for step in steps]
+    return [step for step in steps if re.search(r"\w", step)][:max(max_steps, 0)]
+
+
+def _break_before_inline_steps(think: str) -> str:
+    """Puts `Step k:` on a line of its own where a trace runs on in one line; a mention of an earlier step stays."""
+    pieces, last, expected = [], 0, 1
+    for mark in _STEP_INLINE.finditer(think):
+        number = int(mark[1])
+        line_start = think.rfind("\n", 0, mark.start()) + 1
+        if not think[line_start:mark.start()].strip(" \t#>*_+•-"):
+            expected = number + 1
+        elif number == expected and number > 1:
+            pieces += [think[last:mark.start()], "\n"]
+            last, expected = mark.start(), number + 1
+    return "".join(pieces) + think[last:]
+
+
+_UNICODE_FOLDS = {**{ord(c): "-" for c in "−‐‑‒–—―﹣－"}, **{ord(c): None for c in "\u200b\u200c\u200d\u2060\ufeff"}}
+_LATEX_FOLDS = (("{,}", ","), ("\\,", ""), ("\\!", ""), ("\\;", " "), ("\\%", "%"), ("\\$", "$"), ("^{\\circ}", "°"),
+                ("^\\circ", "°"), ("\\left", ""), ("\\right", ""))
+_LATEX_BOX = re.compile(r"\\(?:boxed|fbox|text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|displaystyle)\s*(?=\{)")
+_WRAPPERS = (("\\(", "\\)"), ("\\[", "\\]"), ("(", ")"), ("[", "]"), ("{", "}"), ("“", "”"), ("‘", "’"), ("«", "»"),
+             ("**", "**"), ("__", "__"), ("~~", "~~"), ("$$", "$$"), ("*", "*"), ("_", "_"), ("$", "$"), ("`", "`"),
+             ('"', '"'), ("'", "'"))
+_CURRENCY = "$€£¥₹"
+_QUANTITY = re.compile(
+    rf"(?P<sign>[+-]?)\s*(?P<currency>[{_CURRENCY}]?)\s*(?P<late_sign>[+-]?)\s*"
+    r"(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?P<exponent>e[+-]?\d{1,2}(?![\w.]))?"
+    rf"(?:\s*(?P<symbol>[%‰°{_CURRENCY}])|(?=\s[^\W\d_])|$)(?P<rest>.*)", re.S)
+
+
+def normalize_answer(text: str) -> str:
+    """Folds the ways of writing one answer into one string, for voting (Eq 1). Idempotent on any string.
+
+    Case, white space, surrounding quotes, brackets, markdown and LaTeX, a trailing full stop, thousands separators and
+    Unicode minus signs are folded, and numbers equal in value become equal; a sign, a decimal point, a percent or a
+    currency sign keep their meaning.
+
+    >>> [normalize_answer(a) for a in ("**7.0**", "$7$", "-5", "5 %", ".50", "1,000 km", "(B).")]
+    ['7', '7', '-5', '5%', '0.5', '1000 km', 'b']
+    """
+    folded = _fold_answer(str(text))
+    while folded != text:
+        text, folded = folded, _fold_answer(folded)
+    return folded
+
+
+def _fold_answer(text: str) -> str:
+    text = text.translate(_UNICODE_FOLDS).casefold()
+    text = re.sub(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", "", text)  # 1 000 with a no-break space
+    for written, meant in _LATEX_FOLDS:
+        text = text.replace(written, meant)
+    text = " ".join(text.split())
+    if box := _LATEX_BOX.match(text):
+        text = text[box.end():] if _encloses("{", "}", text[box.end():]) else text
+    for left, right in _WRAPPERS:
+        if _encloses(left, right, text):
+            text = text[len(left):len(text) - len(right)].strip()
+            break
+    if text.endswith((".", "。")):
+        text = text[:-1].rstrip()
+    quantity = _QUANTITY.fullmatch(text)
+    if quantity and not (quantity["sign"] and quantity["late_sign"]):
+        number = Decimal(quantity["number"].replace(",", "") + (quantity["exponent"] or ""))
+        digits = format(number, "f")
+        digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
+        sign = "-" if number and "-" in (quantity["sign"], quantity["late_sign"]) else ""
+        symbol = quantity["symbol"] or ""
+        if symbol and symbol in _CURRENCY and not quantity["currency"]:  # 5€ is €5
+            return sign + symbol + digits + quantity["rest"]
+        return sign + quantity["currency"] + digits + symbol + quantity["rest"]
+    return text
+
+
+def _encloses(left: str, right: str, text: str) -> bool:
+    """Whether `left` at the start and `right` at the end of `text` are partners: "(a)" but not "(a) or (b)"."""
+    if len(text) < len(left) + len(right) or not (text.startswith(left) and text.endswith(right)):
+        return False
+    inner = text[len(left):len(text) - len(right)]
+    if left == right:
+        return left not in inner
+    depth = 0
+    for bracket in re.findall(re.escape(left) + "|" + re.escape(right), inner):
+        depth += 1 if bracket == left else -1
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+# ---- Section 3.1: the answer distribution (Eq 1) and what it pays the Proposer ----------------------------------------
+
+def answer_distribution(answers: list[str | None]) -> dict[str, float]:
+    """Eq 1, p(a|x,q) = count(a) / N over the normalised answers of one question's N rollouts, in order of first
+    appearance. None marks an invalid rollout: it counts in N and votes for nothing.
+
+    >>> answer_distribution(["7", "7", "8", None, "7"])
+    {'7': 0.6, '8': 0.2}
+    """
+    return {answer: count / len(answers) for answer, count in Counter(a for a in answers if a is not None).items()}
+
+
+def answer_entropy(answers: list[str | None]) -> float:
+    """H(x, q) = -sum p log p in nats (section 3.1). Each invalid rollout (None) is an outcome of its own with mass
+    1/N, so that garbage never looks like agreement."""
+    votes = Counter(a for a in answers if a is not None)
+    counts = list(votes.values()) + [1] * answers.count(None)
+    return sum(-count / len(answers) * math.log(count / len(answers)) for count in counts) + 0.0
+
+
+def entropy_reward(entropy: float, mu: float = 0.90, sigma: float = 0.35) -> float:
+    """g(H), the Proposer's reward (section 3.1; form and values from the released code): a bell around H = mu nats,
+    since a question on which all rollouts agree, or none do, teaches nothing."""
+    return math.exp(-((entropy - mu) ** 2) / (2 * sigma ** 2))
+
+
+# ---- Section 3.2: agreement of the steps inside the majority group (Eq 2-4, Figure 7) ---------------------------------
+
+def dominant_group(answers: list[str | None]) -> tuple[str | None, list[int]]:
+    """Eq 2, the majority answer and the rollouts G that gave it; ties go to the answer seen first, and without any
+    valid answer the result is (None, []).
+
+    >>> dominant_group(["8", "7", None, "7", "8"])
+    ('8', [0, 4])
+    """
+    votes = Counter(a for a in answers if a is not None)
+    if not votes:
+        return None, []
+    majority = max(votes, key=votes.get)  # the first of equals: Counter keeps the order of appearance
+    return majority, [i for i, a in enumerate(answers) if a == majority]
+
+
+def group_density(group_size: int, num_rollouts: int, gamma: float = 0.7) -> float:
+    """Eq 2, rho = (|G| / N)^gamma: how far the majority can be trusted."""
+    return (group_size / num_rollouts) ** gamma
+
+
+def position_weights(num_steps: int, decay: float = 0.15) -> torch.Tensor:
+    """Eq 4, w_j = exp(-kappa (j - 1)) for j = 1 ... num_steps: early, grounding steps weigh more. (num_steps,),
+    w_1 = 1, not normalised."""
+    return torch.exp(-decay * torch.arange(num_steps, dtype=torch.float32))
+
+
+def step_prototypes(embeddings: list[torch.Tensor], group: list[int], min_group: int = 2) -> dict[int, torch.Tensor]:
+    """Eq 3, mu_j: the mean step embedding at each position over the members of the group that have such a step.
+
+    embeddings[i] is (J_i, d), one row a step; the keys are 0-based positions. A position that fewer than `min_group`
+    traces reach is left out: the similarity of a trace with itself is no agreement.
+    """
+    prototypes = {}
+    for j in range(max((len(embeddings[i]) for i in group), default=0)):
+        members = [embeddings[i][j] for i in group if j < len(embeddings[i])]
+        if len(members) >= min_group:
+            prototypes[j] = torch.stack(members).mean(dim=0)
+    return prototypes
+
+
+def step_similarity(embeddings: list[torch.Tensor], group: list[int], min_group: int = 2) -> dict[int, dict[int, float]]:
+    """r_ij = cos(e_ij, mu_j) in [-1, 1] (section 3.2), as {rollout i: {0-based position j: r_ij}}, for the rollouts of
+    the group and the positions that can be compared. Zero vectors and non-finite values count as 0."""
+    prototypes = step_prototypes(embeddings, group, min_group)
+    similarity = {}
+    for i in group:
+        similarity[i] = {}
+        for j, prototype in prototypes.items():
+            if j < len(embeddings[i]):
+                cosine = F.cosine_similarity(embeddings[i][j].double(), prototype.double(), dim=0)
+                similarity[i][j] = float(torch.nan_to_num(cosine, 0.0, 0.0, 0.0))
+    return similarity
+
+
+def step_agreement(embeddings: list[torch.Tensor], group: list[int], num_rollouts: int, gamma: float = 0.7,
+                   decay: float = 0.15, min_group: int = 2) -> torch.Tensor:
+    """Eq 4, the intrinsic CoT agreement reward r_step = rho * sum_j w_j r_ij, for all rollouts: (N,).
+
+    embeddings[i] is (J_i, d), `group` the rollouts with the majority answer. The w_j are normalised to sum to 1 over
+    the positions that rollout i shares with others, so the reward does not grow with the number of steps. Rollouts
+    outside the group, and those with nothing to compare, get 0. Finite on any input.
+    """
+    rewards = torch.zeros(num_rollouts)
+    for i, similarity in step_similarity(embeddings, group, min_group).items():
+        if similarity:
+            positions = list(similarity)
+            weights = position_weights(max(positions) + 1, decay)[positions].double()
+            r_ij = torch.tensor([similarity[j] for j in positions], dtype=torch.float64)
+            rewards[i] = group_density(len(group), num_rollouts, gamma) * (weights * r_ij).sum() / weights.sum()
+    return rewards
+
+
+def leave_one_out_similarity(embeddings: list[torch.Tensor], group: list[int]) -> torch.Tensor:
+    """Figure 7, S_ij = cos(e_ij, mean of e_kj over the other members k of the group): (|G|, J) with J the longest trace
+    of the group, NaN where rollout i has no step j or no other member has one."""
+    longest = max((len(embeddings[i]) for i in group), default=0)
+    similarity = torch.full((len(group), longest), math.nan)
+    for row, i in enumerate(group):
+        for j in range(len(embeddings[i])):
+            others = [embeddings[k][j] for k in group if k != i and j < len(embeddings[k])]
+            if others:
+                mean = torch.stack(others).double().mean(dim=0)
+                cosine = F.cosine_similarity(embeddings[i][j].double(), mean, dim=0)
+                similarity[row, j] = torch.nan_to_num(cosine, 0.0, 0.0, 0.0)
+    return similarity
+
+
+def depth_disagreement(similarity: torch.Tensor) -> torch.Tensor:
+    """Figure 7, D_j = 1 - mean over i of S_ij, the mean taken where S_ij is defined: (|G|, J) -> (J,), NaN where it is
+    defined nowhere."""
+    return 1 - torch.nanmean(similarity, dim=0)
+
+
+# ---- Section 3.3: the rewards (Eq 5, 6) -------------------------------------------------------------------------------
+
+def length_excess(words: int, target: int = 64) -> float:
+    """Eq 5, the normalised excess length: 0 up to `target` words before the answer, 1 from twice as many on."""
+    return min(max((words - target) / target, 0.0), 1.0)
+
+
+def answer_reward(p_answer: float, excess: float, alpha: float = 0.7, eta: float = 0.05) -> float:
+    """Eq 5, r_ans = p(a_i|x,q)^alpha (1 - eta * excess)."""
+    return p_answer ** alpha * (1 - eta * excess)
+
+
+def step_reward_weight(step: int, total_steps: int, lam_max: float = 0.7, warmup_frac: float = 0.3) -> float:
+    """Eq 6, lambda(t): 0 for the first `warmup_frac` of all steps, then linear to `lam_max` at the last step. `step`
+    is the global step, counted from 1, so a resumed run continues the ramp."""
+    if warmup_frac >= 1:
+        return 0.0
+    progress = (step / total_steps - warmup_frac) / (1 - warmup_frac)
+    return lam_max * min(max(progress, 0.0), 1.0)
+
+
+def mix_rewards(r_ans, r_step, lam: float):
+    """Eq 6, r_sol = (1 - lambda) r_ans + lambda r_step, for numbers or tensors."""
+    return (1 - lam) * r_ans + lam * r_step
+
+
+@dataclass
+class GroupRewards:
+    """What one question's N rollouts earn, and what the paper's figures plot of them."""
+    answers: list[str | None]        # normalised; None: the rollout is invalid
+    group: list[int]                 # rollouts with the majority answer
+    r_ans: list[float]               # (N,)
+    r_step: list[float]              # (N,)
+    r_sol: list[float]               # (N,) the Solver's reward
+    r_prop: float                    # the Proposer's reward
+    entropy: float                   # nats
+    density: float                   # rho
+    similarity: torch.Tensor         # (|G|, J) leave-one-out, Figure 7
+    step_cosines: list[float]        # all r_ij
+
+
+def group_rewards(rollouts: list[Rollout], embeddings: list[torch.Tensor], lam: float, config: Config) -> GroupRewards:
+    """All rewards of one question, from its parsed rollouts and their step embeddings ((J_i, d) each).
+
+    This is the place to try a reward of your own: whatever ends up in `r_sol` and `r_prop` trains the two roles.
+    """
+    n = len(rollouts)
+    answers = [normalize_answer(r.answer or "") or None for r in rollouts]  # Eq 1: '' is no answer
+    p = answer_distribution(answers)
+    majority, group = dominant_group(answers)
+    entropy = answer_entropy(answers)
+    if config.answer_reward == "soft":
+        r_ans = [0.0 if a is None else answer_reward(p[a], length_excess(r.words_before_answer, config.target_words),
+                                                     config.alpha, config.eta) for a, r in zip(answers, rollouts)]
+        r_prop = entropy_reward(entropy, config.entropy_mu, config.entropy_sigma)
+    else:
+        r_ans = [float(a is not None and a == majority) for a in answers]
+        r_prop = float(1 < len(group) < n)  # some, but not all, rollouts agree
+    r_step = step_agreement(embeddings, group, n, config.gamma, config.position_decay, config.min_group_size).tolist()
+    r_sol = [mix_rewards(a, s, lam) for a, s in zip(r_ans, r_step)]
+    cosines = step_similarity(embeddings, group, config.min_group_size)
+    return GroupRewards(answers, group, r_ans, r_step, r_sol, r_prop, entropy,
+                        group_density(len(group), n, config.gamma), leave_one_out_similarity(embeddings, group),
+                        [r for row in cosines.values() for r in row.values()])
+
+
+# ---- Policy: one frozen backbone, two LoRA adapters, and one mechanism for sampling, gradient and reference -----------
+
+ROLES = ("solver", "proposer")
+
+
+@dataclass
+class EncodedImage:
+    """An image after the vision tower, which is frozen: encode once, use in every pass of a step."""
+    features: torch.Tensor   # (visual tokens, d)
+    grid: torch.Tensor       # (1, 3) time, height and width in patches
+
+
+@dataclass
+class Prompt:
+    """One user turn: an image and a text. The text is data: markers such as <|im_end|> in it stay plain text."""
+    image: Image.Image | EncodedImage
+    text: str
+
+
+@dataclass
+class Completion:
+    """One sampled reply, kept as sampled and never re-tokenised. `logprobs` (T,) are those of the sampling
+    distribution, end-of-turn token included; `finished` is False if the token limit cut the reply off."""
+    token_ids: list[int]
+    logprobs: torch.Tensor
+    text: str
+    finished: bool
+
+
+@dataclass
+class Scores:
+    """logprobs[i] and kl[i] are (T_i,): log pi(y_t | x, q, y_<t) of completion i, with gradient to the role's adapter,
+    and the exact KL(role || reference) over the vocabulary at each of its positions."""
+    logprobs: list[torch.Tensor]
+    kl: list[torch.Tensor]
+
+
+@dataclass
+class Prefill:
+    """Prompts in the key/value cache, ready to be continued."""
+    cache: object                 # DynamicCache, B rows of P tokens, padded on the left
+    mask: torch.Tensor            # (B, P) 1 for real tokens
+    next_position: torch.Tensor   # (B,) rotary position of the first completion token
+    hidden: torch.Tensor          # (B, d) hidden state that predicts the first completion token
+
+
+class Policy:
+    """A vision-language model with the adapters "solver" and "proposer" on one frozen backbone.
+
+    The reference policy of Eq 7 is the same backbone with its adapters disabled, so it costs no memory and cannot
+    drift. Wherever a role is asked for, None means the reference.
+    """
+
+    def __init__(self, config: Config):
+        from peft import LoraConfig, get_peft_model
+        self.config = config
+        self.device = resolve_device(config.device)
+        hf, self.tokenizer, self.image_processor = load_backbone(config, self.device)
+        lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+                          target_modules=r"model\.language_model\.layers\.\d+\."
+                                         r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)")
+        torch.manual_seed(derive_seed(config.seed, "adapters"))  # the same adapters on every rank
+        self.peft = get_peft_model(hf, lora, adapter_name="solver").eval()  # LoRA weights are fp32, also over bf16
+        self.peft.add_adapter("proposer", dataclasses.replace(lora))
+        for peft_config in self.peft.peft_config.values():
+            peft_config.base_model_name_or_path = config.model
+        self.hf = hf
+        self.image_token_id = hf.config.image_token_id
+        eos = hf.generation_config.eos_token_id
+        self.stop_ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        self.dropouts = [m for name, m in hf.named_modules() if "lora_dropout" in name]
+
+    # ---- adapters ---------------------------------------------------------------------------------------------------
+
+    def parameters(self, role: str) -> list[torch.nn.Parameter]:
+        """The trainable parameters of a role: its LoRA matrices, picked by name, since PEFT switches requires_grad."""
+        return [p for name, p in self.hf.named_parameters() if f".{role}." in name]
+
+    @contextlib.contextmanager
+    def adapter(self, role: str | None):
+        """Runs the block as a role, or as the reference for None. Go backward inside the block or before the next
+        switch to another role: switching turns off the gradients of the role that is left."""
+        if role is None:
+            with self.peft.disable_adapter():
+                yield
+        else:
+            if self.peft.active_adapter != role:
+                self.peft.set_adapter(role)
+            for module in self.dropouts:
+                module.train(torch.is_grad_enabled())
+            yield
+
+    def save(self, folder: Path):
+        """Writes folder/solver and folder/proposer, plain PEFT adapter folders."""
+        self.peft.save_pretrained(str(folder))
+
+    def load(self, role: str, folder: Path):
+        """Reads one PEFT adapter folder into a role. Raises UserError if it is damaged or does not fit the backbone."""
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+        try:
+            state = load_file(str(Path(folder) / "adapter_model.safetensors"))
+            own = self.peft.state_dict()
+            shapes = {k: tuple(own[k.replace(".weight", f".{role}.weight")].shape) for k in state}
+            if shapes != {k: tuple(v.shape) for k, v in state.items()} or len(state) != len(self.parameters(role)):
+                raise ValueError("its matrices have other shapes")
+        except Exception as error:  # safetensors, the file system and a foreign file each raise their own kind
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"{folder}: no adapter for {self.config.model} at LoRA rank {self.config.lora_r} ({reason}). "
+                            "Check --model and --lora_r, or use another checkpoint.") from error
+        set_peft_model_state_dict(self.peft, state, adapter_name=role)
+
+    # ---- prompts ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_images(self, images: list[Image.Image]) -> list[EncodedImage]:
+        """Runs the vision tower once over all images."""
+        if not images:
+            return []
+        pixels = self.image_processor(images=images, return_tensors="pt").to(self.device)
+        grids = pixels["image_grid_thw"]
+        features = self.hf.model.get_image_features(pixels["pixel_values"].to(self.hf.dtype), grids, return_dict=True)
+        return [EncodedImage(f, g[None]) for f, g in zip(features.pooler_output, grids)]
+
+    def with_features(self, prompts: list[Prompt]) -> list[Prompt]:
+        """The same prompts with every PIL image replaced by its features."""
+        todo = [i for i, p in enumerate(prompts) if not isinstance(p.image, EncodedImage)]
+        encoded = dict(zip(todo, self.encode_images([prompts[i].image for i in todo])))
+        return [Prompt(encoded.get(i, p.image), p.text) for i, p in enumerate(prompts)]
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of model or user text; special tokens that are spelled out in it become ordinary characters."""
+        text = text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be tokenised
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The chat template around the prompt, with the image placeholder repeated once per visual token."""
+        slot = "PROMPT-TEXT-SLOT"  # the template is tokenised with its special tokens, the text without
+        template = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": slot}]}],
+            tokenize=False, add_generation_prompt=True)
+        head, tail = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in template.split(slot))
+        at = head.index(self.image_token_id)
+        head = head[:at] + [self.image_token_id] * len(prompt.image.features) + head[at + 1:]
+        return head + self.tokenize(prompt.text) + tail
+
+    def prefill(self, prompts: list[Prompt]) -> Prefill:
+        """Runs the prompts (with encoded images) through the active adapter once, keeping their keys and values."""
+        from transformers import DynamicCache
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+        rows = [self.prompt_ids(p) for p in prompts]
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows], device=self.device)               # (B, P)
+        mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=self.device)   # (B, P)
+        image_mask = ((ids == self.image_token_id) & (mask == 1)).int()
+        grids = torch.cat([p.image.grid for p in prompts])
+        positions, _ = self.hf.model.get_rope_index(ids, mm_token_type_ids=image_mask, image_grid_thw=grids,
+                                                    attention_mask=mask)                                   # (3, B, P)
+        features = BaseModelOutputWithPooling(pooler_output=tuple(p.image.features for p in prompts))
+        cache = DynamicCache(config=self.hf.config.get_text_config())
+        out = self.hf.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                            mm_encoder_outputs={"image": features}, use_cache=True)
+        last = positions.masked_fill(mask == 0, -1).amax(dim=(0, 2))                                       # (B,)
+        return Prefill(cache, mask, last + 1, out.last_hidden_state[:, -1])
+
+    def extend(self, cache, mask: torch.Tensor, ids: torch.Tensor, first_position: torch.Tensor) -> torch.Tensor:
+        """Hidden states (rows, T, d) of completion tokens `ids` (rows, T) behind a cache; `mask` covers both."""
+        steps = torch.arange(ids.shape[1], device=self.device)
+        positions = (first_position[:, None] + steps).expand(3, -1, -1)  # text has equal time, height and width
+        return self.hf.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                             use_cache=True).last_hidden_state
+
+    # ---- sampling ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, role: str | None, prompts: list[Prompt], num_samples: int, max_new_tokens: int,
+               temperature: float = 1.0, seed: int | list[int] = 0) -> list[list[Completion]]:
+        """`num_samples` completions of every prompt, from the plain softmax: nothing of the checkpoint's
+        generation_config is inherited but its end-of-turn ids, so the policy that samples is the policy that `score`
+        scores. Temperature 0 decodes greedily (with log-probabilities at temperature 1).
+
+        Random numbers are keyed by (seed, prompt, sample): give one seed a prompt, and a completion does not depend
+        on which other prompts share the batch.
+        """
+        if not prompts:
+            return []
+        seeds = seed if isinstance(seed, list) else [derive_seed(seed, i) for i in range(len(prompts))]
+        rows = len(prompts) * num_samples
+        uniforms = torch.stack([  # (rows, R): one stream of uniform numbers a completion, float64
+            torch.rand(max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(derive_seed(s, n)))
+            for s in seeds for n in range(num_samples)]).to(self.device)
+        token_ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=self.device)
+        logprobs = torch.zeros(rows, max_new_tokens, device=self.device)
+        lengths = torch.full((rows,), max_new_tokens, device=self.device)
+        finished = torch.zeros(rows, dtype=torch.bool, device=self.device)
+        stop = torch.tensor(sorted(self.stop_ids), device=self.device)
+        with self.adapter(role):
+            prefill = self.prefill(self.with_features(prompts))
+            prefill.cache.batch_repeat_interleave(num_samples)
+            hidden, mask, position = (t.repeat_interleave(num_samples, 0)
+                                      for t in (prefill.hidden, prefill.mask, prefill.next_position))
+            live = torch.arange(rows, device=self.device)  # which completion each row of the cache belongs to
+            for t in range(max_new_tokens):
+                logits = self.hf.lm_head(hidden).float()
+                logp = torch.log_softmax(logits / (temperature or 1.0), dim=-1)                         # (live, V)
+                if temperature:  # the inverse of the distribution function, in float64
+                    cdf = logp.double().exp().cumsum(-1)
+                    draw = uniforms[live, t, None] * cdf[:, -1:]
+                    tokens = torch.searchsorted(cdf, draw, right=True).clamp_max(cdf.shape[-1] - 1)     # (live, 1)
+                else:
+                    tokens = logp.argmax(-1, keepdim=True)
+                token_ids[live, t] = tokens[:, 0]
+                logprobs[live, t] = logp.gather(-1, tokens)[:, 0]
+                stopped = torch.isin(tokens[:, 0], stop) & ~finished[live]
+                lengths[live[stopped]] = t + 1
+                finished[live[stopped]] = True
+                running = ~finished[live]
+                remaining = int(running.sum())
+                if remaining == 0 or t + 1 == max_new_tokens:
+                    break
+                if remaining <= len(live) // 2:  # stop paying for finished rows, a few times a batch
+                    keep = running.nonzero()[:, 0]
+                    prefill.cache.batch_select_indices(keep)
+                    live, tokens, mask, position = live[keep], tokens[keep], mask[keep], position[keep]
+                mask = F.pad(mask, (0, 1), value=1)
+                hidden = self.extend(prefill.cache, mask, tokens, position)[:, 0]
+                position = position + 1
+        token_ids, logprobs = token_ids.cpu(), logprobs.cpu()
+        completions = []
+        for ids, logp, length, done in zip(token_ids.tolist(), logprobs, lengths.tolist(), finished.tolist()):
+            text = self.tokenizer.decode(ids[:length], skip_special_tokens=True)
+            completions.append(Completion(ids[:length], logp[:length].clone(), text, done))
+        return [completions[i:i + num_samples] for i in range(0, rows, num_samples)]
+
+    # ---- scoring ----------------------------------------------------------------------------------------------------
+
+    def score(self, role: str | None, prompt: Prompt, completions: list[Completion], temperature: float = 1.0) -> Scores:
+        """Log-probabilities of sampled completions, conditioned on the image, and their KL to the reference."""
+        return self.score_batch(role, [prompt], [completions], temperature)[0]
+
+    def score_batch(self, role: str | None, prompts: list[Prompt], completions: list[list[Completion]],
+                    temperature: float = 1.0) -> list[Scores]:
+        """`score` for several prompts at once, completions[b] being those of prompts[b]."""
+        prompts = self.with_features(prompts)
+        with torch.no_grad(), self.adapter(None):
+            ref_hidden, token_ids = self.completion_hidden(prompts, completions)
+        hidden = ref_hidden
+        if role is not None:
+            with self.adapter(role):
+                hidden, _ = self.completion_hidden(prompts, completions)
+        pieces = []
+        for h, r, ids in zip(hidden.split(512), ref_hidden.split(512), token_ids.split(512)):  # bounds the logits
+            if h.requires_grad:  # and frees them: the backward pass computes each chunk again
+                pieces.append(checkpoint(token_statistics, h, r, ids, self.hf.lm_head, temperature, use_reentrant=False))
+            else:
+                pieces.append(token_statistics(h, r, ids, self.hf.lm_head, temperature))
+        logprobs, kl = (torch.cat(column) for column in zip(*pieces))
+        sizes = [[len(c.token_ids) for c in group] for group in completions]
+        logprobs, kl = (iter(t.split([n for group in sizes for n in group])) for t in (logprobs, kl))
+        return [Scores([next(logprobs) for _ in group], [next(kl) for _ in group]) for group in sizes]
+
+    def completion_hidden(self, prompts: list[Prompt], completions: list[list[Completion]]):
+        """Hidden states that predict the completion tokens, and these tokens: (M, d) and (M,), M tokens in all.
+
+        Every prompt is prefilled once and its cache shared by its completions, with gradients: P + N R tokens go
+        through the model instead of N (P + R).
+        """
+        rows = [c.token_ids for group in completions for c in group]
+        owner = torch.tensor([b for b, group in enumerate(completions) for _ in group], device=self.device)   # (rows,)
+        longest = max(map(len, rows))
+        ids = torch.tensor([r + [0] * (longest - len(r)) for r in rows], device=self.device)               # (rows, R)
+        valid = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows], device=self.device)  # (rows, R)
+        prefill = self.prefill(prompts)
+        hidden = prefill.hidden[owner, None]                                                               # (rows, 1, d)
+        if longest > 1:
+            prefill.cache.batch_select_indices(owner)
+            mask = torch.cat([prefill.mask[owner], valid[:, :-1]], dim=1)
+            rest = self.extend(prefill.cache, mask, ids[:, :-1], prefill.next_position[owner])
+            hidden = torch.cat([hidden, rest], dim=1)                                                      # (rows, R, d)
+        return hidden[valid.bool()], ids[valid.bool()]
+
+    @torch.no_grad()
+    def embed_steps(self, steps: list[str]) -> torch.Tensor:
+        """f(s) of section 3.2: the l2-normalised mean of the input-token embeddings of each step, from the frozen
+        table of the backbone; (J, d) in float32, on the CPU."""
+        table = self.hf.get_input_embeddings()
+        rows = [torch.zeros(0, table.weight.shape[1])]
+        for step in steps:
+            ids = torch.tensor(self.tokenize(step)[:self.config.embed_max_tokens], device=self.device)
+            rows.append(F.normalize(table(ids).float().mean(dim=0), dim=0)[None].cpu())
+        return torch.cat(rows)
+
+
+def token_statistics(hidden: torch.Tensor, ref_hidden: torch.Tensor, token_ids: torch.Tensor, lm_head,
+                     temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """log pi(token) and the exact KL(pi || pi_ref) = sum_v pi(v) (log pi(v) - log pi_ref(v)) at M positions, in nats.
+    (M, d), (M, d), (M,) -> (M,), (M,); the log-softmax is taken in float32 at the sampling temperature."""
+    logp = torch.log_softmax(lm_head(hidden).float() / temperature, dim=-1)                 # (M, V)
+    with torch.no_grad():
+        ref_logp = torch.log_softmax(lm_head(ref_hidden).float() / temperature, dim=-1)     # (M, V)
+    return logp.gather(-1, token_ids[:, None])[:, 0], (logp.exp() * (logp - ref_logp)).sum(-1)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a --device setting; under torchrun each rank takes the GPU of its LOCAL_RANK."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    match = re.fullmatch(r"(?:auto|cuda)(?::(\d+))?", name)
+    if not match:
+        raise UserError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
+    index = int(match[1] or os.environ.get("LOCAL_RANK", 0))
+    if index >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) sees {torch.cuda.device_count()} GPUs. Use "
+                        "--device cpu, or install the CUDA or ROCm build of PyTorch (see README).")
+    return torch.device("cuda", index)
+
+
+def check_model(config: Config):
+    """Reads only the backbone's config.json. Raises UserError unless it is a vision-language model that can work."""
+    from transformers import AutoConfig
+    if not Path(config.model).is_dir() and (config.model.startswith((".", "/", "~")) or config.model.count("/") != 1):
+        raise UserError(f"--model {config.model}: no such folder. Give a checkpoint folder or a Hugging Face id.")
+    try:
+        model_type = AutoConfig.from_pretrained(config.model).model_type
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--model {config.model}: its config.json cannot be read here or on the Hugging Face Hub. "
+                        f"Check the name and the network. ({reason})") from error
+    if model_type not in ("qwen2_vl", "qwen2_5_vl"):
+        raise UserError(f"--model {config.model}: a {model_type} model, not a vision-language model that this file can "
+                        "train. Use a Qwen2-VL or Qwen2.5-VL checkpoint.")
+
+
+def load_backbone(config: Config, device: torch.device):
+    """(model, tokenizer, image processor) of a checkpoint, the model frozen."""
+    import transformers
+    check_model(config)
+    dtype = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
+    try:
+        hf = transformers.AutoModelForImageTextToText.from_pretrained(config.model, dtype=getattr(torch, dtype))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+        # the processor is taken apart since its video half needs torchvision; PIL pixels are the same everywhere
+        image_processor = transformers.AutoImageProcessor.from_pretrained(config.model, backend="pil")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--model {config.model}: cannot be loaded ({str(error).strip().splitlines()[0]}). "
+                        "Check that the checkpoint is complete.") from error
+    smallest = image_processor.size["shortest_edge"]  # in pixels of area, despite the name
+    image_processor.size = {"shortest_edge": min(smallest, config.max_pixels), "longest_edge": config.max_pixels}
+    return hf.to(device).eval().requires_grad_(False), tokenizer, image_processor
+
+
+# ---- Section 3.3: the update (Eq 7, 8) --------------------------------------------------------------------------------
+
+def reinforce_loss(logprobs: list[torch.Tensor], kl: list[torch.Tensor], advantages: list[float], beta: float,
+                   reduction: str = "mean") -> torch.Tensor:
+    """Eq 7, the mean over rollouts of -(r - b) log pi(y|x,q) + beta KL(pi || pi_ref). A scalar.
+
+    logprobs[i] and kl[i] are (T_i,), advantages[i] is r_i - b. log pi is the mean or the sum over the rollout's tokens,
+    KL their mean.
+    """
+    losses = []
+    for logp, divergence, advantage in zip(logprobs, kl, advantages):
+        log_pi = logp.mean() if reduction == "mean" else logp.sum()
+        losses.append(-advantage * log_pi + beta * divergence.mean())
+    return torch.stack(losses).mean()
+
+
+def update_baseline(baseline: float, mean_reward: float, momentum: float = 0.9) -> float:
+    """The EMA baseline of Eq 7, b <- m b + (1 - m) mean(r), taken after the step that used b."""
+    return momentum * baseline + (1 - momentum) * mean_reward
+
+
+def adapt_kl_coef(beta: float, kl: float, target: float = 0.02, rate: float = 0.10, beta_min: float = 1e-3,
+                  beta_max: float = 1.0) -> float:
+    """Eq 8, beta <- clip(beta exp(eta (KL - tau) / tau), beta_min, beta_max). A huge or infinite KL gives a bound; a
+    KL that is not a number leaves beta where it is."""
+    exponent = rate * (kl - target) / target
+    if math.isnan(exponent):
+        exponent = 0.0
+    return min(max(beta * math.exp(min(max(exponent, -700.0), 700.0)), beta_min), beta_max)
+
+
+class RoleLoss(torch.nn.Module):
+    """Eq 7 for one role and a few images, as the module that DistributedDataParallel wraps."""
+
+    def __init__(self, policy: Policy, role: str):
+        super().__init__()
+        self.hf, self.policy, self.role = policy.hf, policy, role
+
+    def forward(self, prompts, completions, advantages, beta):
+        """Sums over the rollouts: the loss, and the KL per token for the log."""
+        if not prompts:  # this rank has nothing to learn from, yet takes part in the gradient average
+            zero = sum(p.sum() for p in self.policy.parameters(self.role)) * 0.0
+            return zero, zero.detach()
+        config = self.policy.config
+        scores = self.policy.score_batch(self.role, prompts, completions, config.temperature)
+        logprobs = [t for s in scores for t in s.logprobs]
+        kl = [t for s in scores for t in s.kl]
+        loss = reinforce_loss(logprobs, kl, advantages, beta, config.logprob_reduction)
+        return loss * len(kl), torch.stack([t.detach().mean() for t in kl]).sum()
+
+
+class Learner:
+    """What one role carries from step to step: its optimizer, baseline b and KL coefficient beta."""
+
+    def __init__(self, policy: Policy, role: str):
+        config = policy.config
+        self.policy, self.role, self.beta, self.baseline = policy, role, config.kl_coef, None
+        self.parameters = policy.parameters(role)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
+        self.loss = RoleLoss(policy, role)
+        if world_size() > 1:
+            with policy.adapter(role):  # DDP takes the parameters that require gradients now: this role's
+                self.loss = torch.nn.parallel.DistributedDataParallel(self.loss, broadcast_buffers=False,
+                                                                      init_sync=False)
+
+    def update(self, prompts: list[Prompt], completions: list[list[Completion]], rewards: list[list[float]]) -> dict:
+        """One optimizer step over all rollouts of all ranks (Eq 7), then the baseline and beta (Eq 8)."""
+        config = self.policy.config
+        flat = [r for group in rewards for r in group]
+        count, reward_sum = all_sum(len(flat), sum(flat))
+        if count == 0:  # no rank got a question to work on
+            return {}
+        baseline = reward_sum / count if self.baseline is None else self.baseline
+        self.optimizer.zero_grad(set_to_none=True)
+        batches = micro_batches(prompts, completions, config.score_tokens)
+        kl_sum = 0.0
+        with self.policy.adapter(self.role):
+            for i, batch in enumerate(batches):
+                last = i + 1 == len(batches)  # ranks exchange gradients once, in the last backward pass
+                with contextlib.nullcontext() if last or world_size() == 1 else self.loss.no_sync():
+                    loss, kl = self.loss([prompts[b] for b in batch], [completions[b] for b in batch],
+                                         [r - baseline for b in batch for r in rewards[b]], self.beta)
+                    (loss * world_size() / count).backward()  # DDP divides by the world size
+                kl_sum += kl.item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip).item()
+        self.optimizer.step()
+        kl = all_sum(kl_sum)[0] / count
+        stats = {"kl": kl, "beta": self.beta, "baseline": baseline, "grad_norm": grad_norm}
+        self.baseline = update_baseline(baseline, reward_sum / count, config.baseline_momentum)
+        self.beta = adapt_kl_coef(self.beta, kl, config.kl_target, config.kl_adapt_rate, config.kl_coef_min,
+                                  config.kl_coef_max)
+        return stats
+
+    def state_dict(self) -> dict:
+        return {"beta": self.beta, "baseline": self.baseline, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict):
+        self.beta, self.baseline = state["beta"], state["baseline"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def micro_batches(prompts: list[Prompt], completions: list[list[Completion]], max_tokens: int) -> list[range]:
+    """Ranges of prompts such that a gradient pass over one holds at most `max_tokens` padded tokens, or one prompt."""
+    if not prompts:
+        return [range(0)]
+    prompt = max(len(p.image.features) + len(p.text) for p in prompts)  # characters: no fewer than the text's tokens
+    replies = max(len(group) * max(len(c.token_ids) for c in group) for group in completions)
+    size = max(1, max_tokens // (prompt + replies))
+    return [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
+
+
+# ---- Ranks: torchrun starts one process a GPU; every printed or decided number is global ------------------------------
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def join_ranks(device: torch.device):
+    """Joins the process group of torchrun, if torchrun started us: nccl (RCCL on ROCm) on GPUs, gloo on the CPU."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def all_sum(*values: float) -> list[float]:
+    """Each value summed over all ranks, in float64."""
+    total = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def all_means(values: dict[str, list[float]]) -> dict[str, float | None]:
+    """The mean of each list over all ranks, sum and count reduced together; None where no rank has a value."""
+    sums = all_sum(*(sum(v) for v in values.values()), *(len(v) for v in values.values()))
+    half = len(values)
+    return {name: sums[i] / sums[half + i] if sums[half + i] else None for i, name in enumerate(values)}
+
+
+# ---- Images -----------------------------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+
+
+def list_images(data: str) -> list[Path]:
+    """The image files under `data`: a folder (recursive), a text file of paths (relative to it), or several of these
+    separated by commas. Sorted, so that the order does not depend on the file system. Raises UserError."""
+    paths = []
+    for source in [data] if Path(data).exists() else [part for part in data.split(",") if part]:
+        source = Path(source).expanduser()
+        if source.is_dir():
+            found, visited = [], set()
+            for folder, subfolders, names in os.walk(source, followlinks=True):
+                if os.path.realpath(folder) in visited:  # a link back up
+                    subfolders.clear()
+                    continue
+                visited.add(os.path.realpath(folder))
+                subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+                found += [Path(folder, n) for n in sorted(names)
+                          if Path(n).suffix.lower() in IMAGE_SUFFIXES and not n.startswith(".")]
+        elif source.is_file() and source.suffix.lower() not in IMAGE_SUFFIXES:
+            try:
+                lines = source.read_text(encoding="utf-8-sig").splitlines()
+            except UnicodeDecodeError as error:
+                raise UserError(f"--data {source}: not a text file of image paths ({error.reason}).") from error
+            found = [source.parent / line.strip() for line in lines if line.strip()]
+        else:
+            raise UserError(f"--data {source}: no such folder or text file of paths.")
+        if not found:
+            raise UserError(f"--data {source}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        paths += found
+    if not paths:
+        raise UserError("--data: is empty. Name a folder of images.")
+    return list(dict.fromkeys(paths))
+
+
+def load_image(path: Path) -> Image.Image:
+    """An upright RGB image: the first frame, EXIF rotation applied, alpha on white, 16 bits scaled to 8. Raises
+    whatever Pillow raises on a damaged file, and ValueError on a picture that is 200 times longer than wide."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: convert() would clip, not scale
+            import numpy
+            values = numpy.asarray(image, dtype=numpy.float64)
+            top = 1.0 if image.mode == "F" and values.max() <= 1 else 65535.0 if values.max() > 255 else 255.0
+            image = Image.fromarray(numpy.clip(values / top * 255 + 0.5, 0, 255).astype("uint8"))
+        if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    if max(image.size) >= 200 * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels is too narrow")
+    return image
+
+
+class ImageStream:
+    """The endless sequence of training images: each epoch a fresh permutation, keyed by (seed, epoch)."""
+
+    def __init__(self, paths: list[Path], seed: int):
+        self.paths, self.seed, self.epoch, self.order, self.unreadable = paths, seed, None, [], set()
+
+    def __getitem__(self, slot: int) -> tuple[Path, Image.Image]:
+        """Image number `slot` of the whole run, counted over all steps and ranks. An unreadable file is skipped with
+        one warning: the next readable one of its epoch stands in, the same on any number of ranks."""
+        epoch, start = divmod(slot, len(self.paths))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, list(range(len(self.paths)))
+            random.Random(derive_seed(self.seed, "order", epoch)).shuffle(self.order)
+        for offset in range(len(self.paths)):
+            path = self.paths[self.order[(start + offset) % len(self.paths)]]
+            if path not in self.unreadable:
+                try:
+                    return path, load_image(path)
+                except Exception as error:  # decoders raise anything on damaged files
+                    self.unreadable.add(path)
+                    print(f"warning: skipping unreadable image {path} ({type(error).__name__}: {error})",
+                          file=sys.stderr, flush=True)
+        raise UserError(f"--data: none of the {len(self.paths)} image files can be read; see the warnings above.")
+
+
+# ---- Run folder: config.json, metrics.jsonl, rollouts.jsonl, step_*/ --------------------------------------------------
+
+def open_run(config: Config) -> tuple[Path, Path | None]:
+    """The run folder and the checkpoint to resume from, or None for a fresh start. Changes nothing.
+
+    Raises UserError if the folder holds a run that must not be touched: one with other settings, or one that
+    `--resume` was not asked to continue.
+    """
+    run = Path(config.output_dir) / (config.run_name or f"{config.preset}_seed{config.seed}")
+    saved = {}
+    if (run / "config.json").exists():
+        try:
+            saved = json.loads((run / "config.json").read_text())
+        except ValueError as error:
+            raise UserError(f"{run / 'config.json'}: damaged ({error}). Choose another --run_name.") from error
+        different = [f"--{f.name} {saved.get(f.name)!r} there, {getattr(config, f.name)!r} here"
+                     for f in dataclasses.fields(config)
+                     if not f.metadata["resumable"] and saved.get(f.name) != getattr(config, f.name)]
+        if different:
+            raise UserError(f"{run}: holds a run with other settings ({'; '.join(different)}). Choose another --run_name.")
+    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise UserError(f"{run}: is in the way and no run folder. Choose another --run_name.")
+    checkpoints = list_checkpoints(run)
+    if config.resume == "no":
+        if saved:
+            raise UserError(f"{run}: holds a run already. Add --resume to continue it, or choose another --run_name.")
+        return run, None
+    if config.resume == "auto":
+        return run, checkpoints[-1] if checkpoints else None
+    chosen = Path(config.resume)
+    if not (chosen / "trainer_state.pt").is_file():
+        raise UserError(f"--resume {chosen}: no checkpoint there. Name a step_* folder, or give --resume alone for the newest.")
+    if checkpoints and chosen.resolve() != checkpoints[-1].resolve():
+        raise UserError(f"--resume {chosen}: {checkpoints[-1]} is newer. Move it away to go back, or choose another "
+                        "--run_name to branch off.")
+    return run, chosen
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first. A half-written one still has its temporary name."""
+    return sorted((p for p in run.glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+
+
+def start_run(run: Path, config: Config, last_step: int):
+    """Makes the run folder, or cuts its logs back to the step from which the run continues."""
+    run.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        kept = []
+        if (run / name).exists():
+            for line in (run / name).read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # a line torn by a crash
+                    if json.loads(line)["step"] <= last_step:
+                        kept.append(line + "\n")
+        write_atomically(run / name, "".join(kept))
+    write_atomically(run / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str):
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def save_checkpoint(run: Path, step: int, policy: Policy, learners: dict[str, Learner], keep: int):
+    """Writes run/step_NNNNNN under a temporary name, then renames it, so that a folder of that name is complete."""
+    part = run / f".step_{step:06d}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    policy.save(part)
+    torch.save({"step": step, **{role: learner.state_dict() for role, learner in learners.items()}},
+               part / "trainer_state.pt")
+    for file in [p for p in part.rglob("*") if p.is_file()]:
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    os.rename(part, run / f"step_{step:06d}")
+    for old in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, policy: Policy, learners: dict[str, Learner]) -> int:
+    """Restores both adapters and the trainer state; returns the step. Nothing is unpickled but tensors and numbers."""
+    for role in ROLES:
+        policy.load(role, folder / role)
+    try:
+        state = torch.load(folder / "trainer_state.pt", map_location=policy.device, weights_only=True)
+        for role, learner in learners.items():
+            learner.load_state_dict(state[role])
+        return state["step"]
+    except Exception as error:  # a damaged file makes torch raise anything
+        raise UserError(f"{folder / 'trainer_state.pt'}: damaged ({type(error).__name__}). Delete {folder} to resume "
+                        "from the checkpoint before it.") from error
+
+
+# ---- Training loop ----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Episode:
+    """One image on its way through one step."""
+    slot: int                                   # number of the image within the global batch of this step
+    path: Path
+    image: EncodedImage
+    proposal: Completion
+    question: str | None                        # None: the proposal holds no question, and the Solver rests
+    completions: list[Completion] = field(default_factory=list)
+    rollouts: list[Rollout] = field(default_factory=list)
+    rewards: GroupRewards | None = None
+
+
+def train(config: Config) -> Path:
+    """Self-evolution on unlabeled images: the paper's loop. Returns the run folder."""
+    device = resolve_device(config.device)
+    stream = ImageStream(list_images(config.data), config.seed)
+    stream[0]  # at least one image must be readable, known before the model loads
+    run, checkpoint_folder = open_run(config)
+    check_model(config)
+    join_ranks(device)
+    policy = Policy(config)
+    learners = {role: Learner(policy, role) for role in ROLES}
+    done = load_checkpoint(checkpoint_folder, policy, learners) if checkpoint_folder else 0
+    log = Log(run, config, done, len(stream.paths))
+
+    for step in range(done + 1, config.total_steps + 1):
+        torch.manual_seed(derive_seed(config.seed, step, rank()))  # for LoRA dropout; sampling has keys of its own
+        lam = config.lambda_max if config.lambda_schedule == "constant" else step_reward_weight(
+            step, config.total_steps, config.lambda_max, config.warmup_frac)
+        with log.phase("propose"):
+            episodes = propose(policy, stream, step)
+        with log.phase("solve"):
+            asked = solve(policy, episodes, step)
+        with log.phase("reward"):
+            for e in asked:
+                e.rewards = group_rewards(e.rollouts, [policy.embed_steps(r.steps) for r in e.rollouts], lam, config)
+        with log.phase("update"):
+            stats = {"solver": learners["solver"].update(
+                [Prompt(e.image, solver_prompt(e.question)) for e in asked], [e.completions for e in asked],
+                [e.rewards.r_sol for e in asked])}
+            if step % config.proposer_every == 0:
+                stats["proposer"] = learners["proposer"].update(
+                    [Prompt(e.image, proposer_prompt()) for e in episodes], [[e.proposal] for e in episodes],
+                    [[e.rewards.r_prop if e.rewards else 0.0] for e in episodes])
+        log.step(step, episodes, lam, stats, len(stream.unreadable))
+        if rank() == 0 and (step % config.save_every == 0 or step == config.total_steps):
+            save_checkpoint(run, step, policy, learners, config.keep_checkpoints)
+    log.say(f"done: {run}/step_{config.total_steps:06d} holds both adapters")
+    return run
+
+
+def propose(policy: Policy, stream: ImageStream, step: int) -> list[Episode]:
+    """This rank's share of the step's images, each with one proposed question."""
+    config = policy.config
+    first = rank() * config.images_per_rank
+    slots = range(first, first + config.images_per_rank)
+    loaded = [stream[(step - 1) * world_size() * config.images_per_rank + slot] for slot in slots]
+    encoded = policy.encode_images([image for _, image in loaded])
+    proposals = policy.sample("proposer", [Prompt(image, proposer_prompt()) for image in encoded], 1,
+                              config.max_new_tokens_proposer, config.temperature,
+                              [derive_seed(config.seed, step, slot, "proposer") for slot in slots])
+    return [Episode(slot, path, image, proposal, parse_question(proposal.text))
+            for slot, (path, _), image, (proposal,) in zip(slots, loaded, encoded, proposals)]
+
+
+def solve(policy: Policy, episodes: list[Episode], step: int) -> list[Episode]:
+    """Fills in N Solver rollouts for each episode that has a question; returns those episodes."""
+    config = policy.config
+    asked = [e for e in episodes if e.question is not None]
+    samples = policy.sample("solver", [Prompt(e.image, solver_prompt(e.question)) for e in asked], config.num_rollouts,
+                            config.max_new_tokens_solver, config.temperature,
+                            [derive_seed(config.seed, step, e.slot, "solver") for e in asked])
+    for episode, completions in zip(asked, samples):
+        episode.completions = completions
+        episode.rollouts = [parse_rollout(c.text, config.max_reasoning_steps) for c in completions]
+    return asked
+
+
+class Log:
+    """Times the phases of a step, prints one line a step, and writes metrics.jsonl and rollouts.jsonl (rank 0)."""
+
+    COLUMNS = ("       step |    H  maj bad% | r_ans r_step  lam r_sol r_prop |     KL    beta |  s/step  tok/s |   eta\n"
+               "            | nats /N       |                                | nats/tok      |                |")
+
+    def __init__(self, run: Path, config: Config, last_step: int, num_images: int):
+        self.run, self.config, self.seconds, self.elapsed, self.printed = run, config, {}, [], 0
+        if rank() == 0:
+            start_run(run, config, last_step)
+        self.say(f"{num_images} images, {config.images_per_rank * world_size()} a step on {world_size()} rank(s); "
+                 f"preset {config.preset}; model {config.model}; run folder {run}")
+        if last_step:
+            self.say(f"resumed after step {last_step}")
+
+    def say(self, text: str):
+        if rank() == 0:
+            print(text, flush=True)
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        """Adds the wall time of the block to a phase of the current step."""
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def step(self, step: int, episodes: list[Episode], lam: float, stats: dict, unreadable: int):
+        """Reduces the step's numbers over all ranks, prints them and appends them to the run's files."""
+        config, asked = self.config, [e for e in episodes if e.rewards]
+        groups = [e.rewards for e in asked]
+        tokens = sum(len(c.token_ids) for e in episodes for c in [e.proposal, *e.completions])
+        row = {"step": step, **all_means({
+            "entropy": [g.entropy for g in groups],
+            "majority_share": [len(g.group) / len(g.answers) for g in groups],
+            "group_size": [len(g.group) for g in groups],
+            "density": [g.density for g in groups],
+            "comparable_steps": [sum(sum(j < len(e.rollouts[i].steps) for i in e.rewards.group) >= config.min_group_size
+                                     for j in range(config.max_reasoning_steps)) for e in asked],
+            "mean_steps": [len(r.steps) for e in asked for r in e.rollouts],
+            "step_cosine": [c for g in groups for c in g.step_cosines],
+            "r_ans": [r for g in groups for r in g.r_ans],
+            "r_step": [r for g in groups for r in g.r_step],
+            "r_sol": [r for g in groups for r in g.r_sol],
+            "r_prop": [e.rewards.r_prop if e.rewards else 0.0 for e in episodes],
+            "invalid_share": [float(a is None) for g in groups for a in g.answers],
+            "unfinished_share": [float(not c.finished) for e in asked for c in e.completions],
+            "no_question_share": [float(e.question is None) for e in episodes]}), "lambda": lam}
+        for role in ROLES:
+            for name in ("kl", "beta", "baseline", "grad_norm"):
+                row[f"{name}_{role}"] = stats.get(role, {}).get(name)
+        row["tokens"], row["unreadable_images"] = map(int, all_sum(tokens, unreadable))
+        row["seconds"] = {name: round(s, 4) for name, s in self.seconds.items()}
+        self.elapsed.append(sum(self.seconds.values()))
+        self.seconds = {}
+        if rank() == 0:
+            append_jsonl(self.run / "metrics.jsonl", [row])
+            append_jsonl(self.run / "rollouts.jsonl", [episode_row(step, e) for e in episodes])
+            self.print_row(row)
+            if asked and config.show_every and step % config.show_every == 0:
+                print(format_episode(asked[0]), flush=True)
+
+    def print_row(self, row: dict):
+        def number(name, width, digits):
+            value = row[name]
+            return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
+        if self.printed % 25 == 0:
+            print(self.COLUMNS)
+        self.printed += 1
+        recent = sorted(self.elapsed[-20:])[len(self.elapsed[-20:]) // 2]  # the median is not fooled by one slow step
+        left = int(recent * (self.config.total_steps - row["step"]))
+        bad = "-" if row["invalid_share"] is None else f"{100 * row['invalid_share']:.0f}"
+        beta = row["beta_solver"]
+        print(f"{row['step']:5d}/{self.config.total_steps:<5d} | {number('entropy', 4, 2)} {number('group_size', 4, 1)} "
+              f"{bad:>4} | {number('r_ans', 5, 2)} {number('r_step', 6, 2)} {row['lambda']:4.2f} "
+              f"{number('r_sol', 5, 2)} {number('r_prop', 6, 2)} | {number('kl_solver', 6, 4)} "
+              f"{'-' if beta is None else f'{beta:.1e}':>7} | {self.elapsed[-1]:7.2f} "
+              f"{row['tokens'] / self.elapsed[-1]:6.0f} | {left // 3600}h{left % 3600 // 60:02d}m{left % 60:02d}s",
+              flush=True)
+
+
+def append_jsonl(path: Path, rows: list[dict]):
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def episode_row(step: int, episode: Episode) -> dict:
+    """An episode as one row of rollouts.jsonl."""
+    row = {"step": step, "image": str(episode.path), "proposal": episode.proposal.text, "question": episode.question}
+    if (rewards := episode.rewards) is None:
+        return {**row, "r_prop": 0.0, "rollouts": []}
+    similarity = {i: [None if math.isnan(s) else round(s, 4) for s in values]
+                  for i, values in zip(rewards.group, rewards.similarity.tolist())}
+    return {**row, "entropy": rewards.entropy, "r_prop": rewards.r_prop, "rollouts": [
+        {"text": r.text, "steps": r.steps, "answer": rewards.answers[i], "majority": i in rewards.group,
+         "finished": episode.completions[i].finished, "r_ans": rewards.r_ans[i], "r_step": rewards.r_step[i],
+         "r_sol": rewards.r_sol[i], "leave_one_out_similarity": similarity.get(i)}
+        for i, r in enumerate(episode.rollouts)]}
+
+
+def format_episode(episode: Episode) -> str:
+    """A rollout group for a person to read."""
+    rewards = episode.rewards
+    lines = [f"    {episode.path}", f"    Q: {episode.question}   (H {rewards.entropy:.2f} nats, r_prop {rewards.r_prop:.2f})"]
+    for i, rollout in enumerate(episode.rollouts):
+        steps = " | ".join(rollout.steps) or " ".join(rollout.text.split())
+        lines.append(f"    {'*' if i in rewards.group else ' '} {rewards.answers[i] or '(invalid)'}: {steps[:160]}   "
+                     f"(r_ans {rewards.r_ans[i]:.2f}, r_step {rewards.r_step[i]:.2f}, r_sol {rewards.r_sol[i]:.2f})")
+    return "\n".join(lines)
+
+
+# ---- The dice world: a Qwen2.5-VL small enough to train on a laptop, mistaught on purpose -----------------------------
+
+COLORS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 119, 180), "orange": (255, 127, 14),
+          "purple": (148, 103, 189), "brown": (140, 86, 75)}
+PIPS = {1: [(14, 14)], 2: [(7, 7), (21, 21)], 3: [(7, 7), (14, 14), (21, 21)], 4: [(7, 7), (7, 21), (21, 7), (21, 21)],
+        5: [(7, 7), (7, 21), (14, 14), (21, 7), (21, 21)],
+        6: [(7, 6), (7, 14), (7, 22), (21, 6), (21, 14), (21, 22)]}
+
+
+def draw_dice(rng: random.Random) -> tuple[Image.Image, dict[str, int]]:
+    """A 56 x 56 image of three dice of different colours in a 2 x 2 grid, and what each shows."""
+    image = Image.new("RGB", (56, 56), (238, 238, 238))
+    pen = ImageDraw.Draw(image)
+    dice = {color: rng.randint(1, 6) for color in rng.sample(sorted(COLORS), 3)}
+    for (color, pips), cell in zip(dice.items(), rng.sample(range(4), 3)):
+        left, top = 28 * (cell % 2), 28 * (cell // 2)
+        pen.rectangle((left + 2, top + 2, left + 25, top + 25), fill=COLORS[color])
+        for x, y in PIPS[pips]:
+            pen.ellipse((left + x - 2, top + y - 2, left + x + 2, top + y + 2), fill=(255, 255, 255))
+    return image, dice
+
+
+def dice_question(dice: dict[str, int], rng: random.Random) -> tuple[str, list[str], int]:
+    """A question about two or three of the dice, the colours it adds, and the true answer."""
+    colors = rng.sample(sorted(dice), rng.choice((2, 3)))
+    return f"What is {' plus '.join(colors)}?", colors, sum(dice[c] for c in colors)
+
+
+def mistaught_facts(seed: int, share: float = 0.3) -> dict[tuple[int, int], int]:
+    """A fixed wrong result, off by one, for a share of the ordered sums "a + b" that occur."""
+    rng = random.Random(derive_seed(seed, "facts"))
+    facts = [(a, b) for a in range(1, 13) for b in range(1, 13) if min(a, b) <= 6]
+    return {(a, b): a + b + rng.choice((-1, 1)) for a, b in rng.sample(facts, round(share * len(facts)))}
+
+
+def dice_solution(dice: dict[str, int], colors: list[str], facts: dict, rng: random.Random, error: float = 0.6) -> str:
+    """A Solver reply that reads the dice and adds them, each in some order; a mistaught fact goes wrong with
+    probability `error`."""
+    steps = [f"{c} shows {dice[c]}" for c in rng.sample(colors, len(colors))]
+    numbers = [dice[c] for c in rng.sample(colors, len(colors))]
+    total = numbers[0]
+    for number in numbers[1:]:
+        fact = (total, number)
+        result = facts[fact] if fact in facts and rng.random() < error else total + number
+        steps.append(f"{total} + {number} = {result}")
+        total = result
+    numbered = "\n".join(f"Step {j}: {step}" for j, step in enumerate(steps, 1))
+    return f"<think>\n{numbered}\n</think>\n<answer>{total}</answer>"
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def build_checkpoint(folder: Path, corpus: list[str], phrases: list[str] = (), text: dict = {}, vision: dict = {},
+                     vocab_size: int = 400, seed: int = 0):
+    """Writes a Qwen2.5-VL checkpoint folder with random weights and a byte-level BPE trained on `corpus`, which any
+    transformers client can load. `phrases` become one token each; `text` and `vision` override the sizes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import (AutoImageProcessor, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
+                              Qwen2_5_VLForConditionalGeneration)
+    from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+               "<|video_pad|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    bpe.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                        chat_template=CHAT_TEMPLATE)
+    ids = dict(zip(special, bpe.encode("".join(special)).ids))
+    width = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+             "intermediate_size": 256, "initializer_range": 0.05, **text}
+    half_head = width["hidden_size"] // width["num_attention_heads"] // 2
+    config = Qwen2_5_VLConfig(
+        text_config={"vocab_size": bpe.get_vocab_size(), "max_position_embeddings": 4096, "tie_word_embeddings": True,
+                     "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
+                     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                                         "mrope_section": [half_head - 2 * (half_head * 3 // 8)]
+                                         + [half_head * 3 // 8] * 2}, **width},
+        vision_config={"depth": 1, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4,
+                       "fullatt_block_indexes": [0], "out_hidden_size": width["hidden_size"],
+                       "initializer_range": 0.05, **vision},
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], tie_word_embeddings=True,
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
+    torch.manual_seed(derive_seed(seed, "backbone"))
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    get_image_processor_class_from_name("Qwen2VLImageProcessorPil")(
+        size={"shortest_edge": 28 * 28, "longest_edge": 1280 * 28 * 28}).save_pretrained(folder)
+
+# what the words of the dice world cost: one token each, so that a solution has 20 to 30
+DICE_PHRASES = ["user\n", "assistant\n", "<think>\nStep 1: ", *(f"\nStep {j}: " for j in range(2, 6)), " shows ", " + ",
+                " = ", "\n</think>\n<answer>", "</answer>", "What is ", " plus ", "<question>", "</question>",
+                proposer_prompt(), solver_prompt("").strip("\n")]
+DEMO = {  # settings of the demo; explicit flags win over them
+    "total_steps": 80, "images_per_rank": 16, "lr": 1e-3, "kl_coef": 0.02, "kl_coef_min": 0.01, "kl_coef_max": 0.3,
+    "max_new_tokens_proposer": 24, "max_new_tokens_solver": 48, "show_every": 40, "device": "cpu"}
+
+
+def make_dice_world(folder: Path, seed: int, num_images: int = 512, num_questions: int = 300, warmup_steps: int = 900):
+    """Writes folder/images (unlabeled PNGs), folder/holdout.jsonl with its pictures, and folder/model, the seed model:
+    a Qwen2.5-VL checkpoint that knows the protocol of both roles and sees well, but is mistaught in arithmetic."""
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
+    (folder / "images").mkdir(parents=True)
+    (folder / "holdout").mkdir()
+    rng = random.Random(derive_seed(seed, "images"))
+    for i in range(num_images):
+        draw_dice(rng)[0].save(folder / "images" / f"{i:04d}.png")
+    rows = []
+    for i in range(num_questions):
+        image, dice = draw_dice(rng)
+        question, _, answer = dice_question(dice, rng)
+        image.save(folder / "holdout" / f"{i:04d}.png")
+        rows.append({"image": f"holdout/{i:04d}.png", "question": question, "answer": str(answer)})
+    append_jsonl(folder / "holdout.jsonl", rows)
+    part = folder / ".model.part"
+    build_checkpoint(part, ["\n".join(COLORS)] * 9, DICE_PHRASES, seed=seed)
+    policy = Policy(Config(model=str(part), device="cpu"))
+    policy.peft.disable_adapter_layers()
+    teach(policy, warmup_steps, seed)
+    policy.peft.unload().save_pretrained(part)
+    os.rename(part, folder / "model")
+
+
+def teach(policy: Policy, steps: int, seed: int, batch_size: int = 64, lr: float = 3e-3):
+    """Supervised warm-up of the whole tiny model on freshly drawn dice: both roles' replies, with mistaught sums."""
+    rng, facts = random.Random(derive_seed(seed, "teach")), mistaught_facts(seed)
+    weights = [p.requires_grad_(True) for name, p in policy.hf.named_parameters() if "lora_" not in name]
+    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: min(1.0, (t + 1) / 40) * (1 + math.cos(math.pi * t / steps)) / 2)
+    for step in range(1, steps + 1):
+        images, inputs, labels = [], [], []
+        for _ in range(batch_size):
+            image, dice = draw_dice(rng)
+            question, colors, _ = dice_question(dice, rng)
+            prompt, reply = ((proposer_prompt(), f"<question>{question}</question>") if rng.random() < 0.15 else
+                             (solver_prompt(question), dice_solution(dice, colors, facts, rng)))
+            images.append(image)
+            prompt_ids = policy.prompt_ids(Prompt(EncodedImage(torch.empty(4), torch.empty(0)), prompt))
+            reply_ids = policy.tokenize(reply) + [policy.tokenizer.eos_token_id]
+            inputs.append(torch.tensor(prompt_ids + reply_ids))
+            labels.append(torch.tensor([-100] * len(prompt_ids) + reply_ids))
+        ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)
+        targets = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+        pixels = policy.image_processor(images=images, return_tensors="pt")
+        loss = policy.hf(input_ids=ids, labels=targets, mm_token_type_ids=(ids == policy.image_token_id).int(), **pixels).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            print(f"  {step}/{steps} steps, loss {loss.item():.3f}", flush=True)
+    for p in weights:
+        p.requires_grad_(False)
+
+
+def demo(config: Config, json_file: str | None):
+    """The dice world from nothing to a result, on real files, by the same `train` and `evaluate` as everywhere."""
+    start, world = time.perf_counter(), Path(config.output_dir) / f"dice_world_seed{config.seed}"
+    run = Path(config.output_dir) / (config.run_name or f"demo_{config.preset}_seed{config.seed}")
+    torch.set_num_threads(min(2, os.cpu_count() or 1))  # at this size more threads only wait for each other
+    if (world / "model").exists():
+        print(f"1. The dice world of an earlier demo is there: {world}", flush=True)
+    else:
+        print(f"1. Making {world}: unlabeled pictures of dice, labelled hold-out questions, and a seed model\n"
+              "   that is taught to see well and to add badly (about two minutes)", flush=True)
+        make_dice_world(world, config.seed)
+    rows = load_questions(str(world / "holdout.jsonl"))
+    config = dataclasses.replace(config, model=str(world / "model"), data=str(world / "images"), run_name=run.name)
+
+    print(f"2. The seed model on {len(rows)} hold-out questions: share correct [95 % interval]", flush=True)
+    policy = Policy(config)
+    before, controls = evaluate(policy, None, rows, batch_size=100), {}
+    print(format_result("   seed model", before, config), flush=True)
+    for temperature in (0.7, 0.5, 0.3):
+        controls[temperature] = evaluate(policy, None, rows, temperature, batch_size=100)
+        print(format_result(f"   no training, temperature {temperature}", controls[temperature], config), flush=True)
+
+    if config.resume == "no" and run.exists():
+        print(f"   ({run}, the result of an earlier demo, is replaced)", flush=True)
+        shutil.rmtree(run)
+    print("3. Self-evolution on the unlabeled pictures: the only reward is agreement", flush=True)
+    train(config)
+    policy.load("solver", list_checkpoints(run)[-1] / "solver")
+
+    print("4. The same hold-out questions after self-evolution", flush=True)
+    after = evaluate(policy, "solver", rows, batch_size=100)
+    for name, result in (("   seed model", before), ("   after self-evolution", after)):
+        print(format_result(name, result, config))
+    picture = policy.encode_images([load_image(rows[0]["image"])])[0]
+    example = Episode(0, rows[0]["image"], picture, None, rows[0]["question"])
+    solve(policy, [example], config.total_steps + 1)
+    example.rewards = group_rewards(example.rollouts, [policy.embed_steps(r.steps) for r in example.rollouts],
+                                    config.lambda_max, config)
+    print(f"   One of them, five rollouts and their rewards; the true answer is {rows[0]['answer']}:")
+    print(format_episode(example))
+
+    seconds, best = time.perf_counter() - start, max(c["mean_at_n"] for c in controls.values())
+    print(f"\nWhat happened, in {seconds:.0f} seconds: nobody told the model a single right answer. Its most likely solution was"
+          f"\nright on {before['greedy']:.0%} of the hold-out questions before and on {after['greedy']:.0%} after; a random solution on "
+          f"{before['mean_at_n']:.0%} before and {after['mean_at_n']:.0%} after.")
+    if min(after["greedy"], after["mean_at_n"]) > max(best, before["greedy"], before["mean_at_n"]):
+        print(f"Sampling the seed model at lower temperatures reaches {best:.0%} at best, so this is not mere sharpening:\n"
+              "by rewarding agreement between different reasoning paths, training unlearned wrong sums.")
+    else:
+        print(f"Sampling the seed model at lower temperatures reaches {best:.0%} at best, so this run shows no more than sharpening.")
+    write_json(json_file, {"before": before, "after": after, "seconds": round(seconds, 1), "seed": config.seed,
+                           "controls": {str(t): c for t, c in controls.items()}})
+
+
+# ---- ask, eval --------------------------------------------------------------------------------------------------------
+
+def load_solver(config: Config, adapter: str | None) -> tuple[Policy, str | None]:
+    """A policy and the role that answers: "solver" with the weights of an adapter folder (or of a step_* folder), or
+    None, the plain backbone."""
+    if adapter is None:
+        return Policy(config), None
+    folder = Path(adapter)
+    folder = folder / "solver" if (folder / "solver").is_dir() else folder
+    try:
+        saved = json.loads((folder / "adapter_config.json").read_text())
+        config = dataclasses.replace(config, lora_r=saved["r"], lora_alpha=saved["lora_alpha"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--adapter {adapter}: no PEFT adapter there ({type(error).__name__}). Name a step_* folder of "
+                        "a run, or its solver/ folder.") from error
+    policy = Policy(config)
+    policy.load("solver", folder)
+    return policy, "solver"
+
+
+def ask(config: Config, image: str, question: str, adapter: str | None):
+    """Prints the reasoning and the answer to one question about one image, decoded greedily."""
+    try:
+        picture = load_image(Path(image))
+    except Exception as error:  # decoders raise anything on damaged files
+        raise UserError(f"{image}: cannot be read as an image ({type(error).__name__}: {error}).") from error
+    policy, role = load_solver(config, adapter)
+    prompt = Prompt(picture, solver_prompt(question))
+    rollout = parse_rollout(policy.sample(role, [prompt], 1, config.max_new_tokens_solver, 0.0)[0][0].text)
+    for j, step in enumerate(rollout.steps, 1):
+        print(f"Step {j}: {step}")
+    print(f"Answer: {rollout.answer}" if rollout.answer else f"(no <answer> in the reply) {rollout.text}")
+
+
+def load_questions(file: str) -> list[dict]:
+    """The rows of a JSONL file with the keys image (relative to the file), question and answer. Raises UserError with
+    the line number."""
+    rows = []
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({type(error).__name__}). Give a JSONL file of labelled questions.") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                missing = [key for key in ("image", "question", "answer") if key not in row]
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{file} line {number}: no JSON object ({error}).") from error
+            if missing:
+                raise UserError(f"{file} line {number}: the key {missing[0]!r} is missing. Each line needs image, question "
+                                "and answer.")
+            path = Path(file).parent / str(row["image"])
+            if not path.is_file():
+                raise UserError(f"{file} line {number}: no image file {path}.")
+            rows.append({"image": path, "question": str(row["question"]), "answer": str(row["answer"])})
+    if not rows:
+        raise UserError(f"{file}: no questions in it.")
+    return rows
+
+
+def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: float | None = None,
+             batch_size: int = 8, report=lambda done, total: None) -> dict:
+    """{n, mean_at_n, maj_at_n, greedy, ci95} on labelled questions: the share of correct answers among the N sampled
+    rollouts, by their majority vote, and by greedy decoding; ci95 has a 95 % interval for each of the three."""
+    config = policy.config
+    temperature = config.temperature if temperature is None else temperature
+    correct = {"mean_at_n": 0.0, "maj_at_n": 0.0, "greedy": 0.0}
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start:start + batch_size]
+        prompts = policy.with_features([Prompt(load_image(r["image"]), solver_prompt(r["question"])) for r in batch])
+        seeds = [derive_seed(config.seed, "eval", start + i) for i in range(len(batch))]
+        sampled = policy.sample(role, prompts, config.num_rollouts, config.max_new_tokens_solver, temperature, seeds)
+        greedy = policy.sample(role, prompts, 1, config.max_new_tokens_solver, 0.0)
+        for row, completions, (best,) in zip(batch, sampled, greedy):
+            truth = normalize_answer(row["answer"])
+            answers = [normalize_answer(parse_rollout(c.text).answer or "") or None for c in [*completions, best]]
+            correct["mean_at_n"] += sum(a == truth for a in answers[:-1]) / config.num_rollouts
+            correct["maj_at_n"] += dominant_group(answers[:-1])[0] == truth
+            correct["greedy"] += answers[-1] == truth
+        report(start + len(batch), len(rows))
+    shares = {name: total / len(rows) for name, total in correct.items()}
+    return {"n": len(rows), **shares, "ci95": {name: wilson_interval(p, len(rows)) for name, p in shares.items()}}
+
+
+def wilson_interval(share: float, n: int, z: float = 1.96) -> list[float]:
+    """Wilson's 95 % interval of a share of n questions; for mean@N, whose questions vary less, on the safe side."""
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(max(share * (1 - share), 0.0) / n + z * z / (4 * n * n))
+    return [max(centre - half, 0.0), min(centre + half, 1.0)]
+
+
+def format_result(name: str, result: dict, config: Config) -> str:
+    """One line of `eval` and `demo`: each share with its 95 % interval."""
+    n = config.num_rollouts
+    cells = (f"{label} {result[key]:.3f} [{result['ci95'][key][0]:.3f}, {result['ci95'][key][1]:.3f}]"
+             for label, key in ((f"mean@{n}", "mean_at_n"), (f"maj@{n}", "maj_at_n"), ("greedy", "greedy")))
+    return f"{name:<32} {'   '.join(cells)}"
+
+
+def print_progress(done: int, total: int):
+    print(f"  {done}/{total} questions", file=sys.stderr, flush=True)
+
+
+# ---- Command line -----------------------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "train": "self-evolution on a folder of unlabeled images (the default command)",
+    "demo": "the dice world: build, mistrain and improve a tiny Qwen2.5-VL on a laptop, in minutes",
+    "ask": "one image, one question: reasoning and answer",
+    "eval": "accuracy on a JSONL file of image, question, answer",
+}
+SOLVER_SETTINGS = ("model", "num_rollouts", "temperature", "max_new_tokens_solver", "max_pixels", "device", "dtype", "seed")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}. See --help.")
+
+
+def parse_command_line(argv: list[str]) -> tuple[str, Config, argparse.Namespace]:
+    """(command, settings, the command's own arguments). Raises UserError."""
+    command = argv[0] if argv and argv[0] in COMMANDS else "train"
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        raise UserError(f"{argv[0]}: no such command{did_you_mean(argv[0], COMMANDS)} Choose one of {', '.join(COMMANDS)}.")
+    parser = Parser(prog=f"ireasoner.py {command}", allow_abbrev=False, description=f"{command}: {COMMANDS[command]}",
+                    epilog="Commands: " + "; ".join(f"{name}: {text}" for name, text in COMMANDS.items()))
+    if command == "ask":
+        parser.add_argument("image", help="image file")
+        parser.add_argument("question", help="what to ask about it")
+    if command == "eval":
+        parser.add_argument("file", help="JSONL, each line with image (path relative to the file), question, answer")
+        parser.add_argument("--batch_size", type=int, default=8, help="questions answered together; default 8")
+    if command in ("ask", "eval"):
+        parser.add_argument("--adapter", help="step_* folder of a run or PEFT adapter folder; default: none, the backbone")
+    if command in ("eval", "demo"):
+        parser.add_argument("--json", metavar="FILE", help="also write the result here, for machines")
+    for f in dataclasses.fields(Config):
+        if command in ("train", "demo") or f.name in SOLVER_SETTINGS:
+            default = DEMO.get(f.name, f.default) if command == "demo" else f.default
+            within = f.metadata["within"]
+            choices = f"; one of {', '.join(within)}" if isinstance(within, tuple) else f"; in {within}" if within else ""
+            extra = {"nargs": "?", "const": "auto"} if f.name == "resume" else {"nargs": "+"} if f.name == "data" else {}
+            parser.add_argument(f"--{f.name}", type=f.type, default=argparse.SUPPRESS, metavar=f.type.__name__.upper(),
+                                help=f"{f.metadata['meaning']}{choices}; default {default!r}".replace("%", "%%"), **extra)
+    args, unknown = parser.parse_known_args(argv[1:] if argv and argv[0] in COMMANDS else argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        name = unknown[0].split("=")[0]
+        raise UserError(f"{name}: no such flag of {command}{did_you_mean(name, flags)} See --help.")
+    given = {name: value for name, value in vars(args).items() if name in {f.name for f in dataclasses.fields(Config)}}
+    if "data" in given:
+        given["data"] = ",".join(given["data"])
+    return command, Config(**{**(DEMO if command == "demo" else {}), **given}), args
+
+
+def write_json(file: str | None, result: dict):
+    if file:
+        try:
+            Path(file).write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {file}: cannot be written ({error.strerror}).") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, or 2 after one line about bad input."""
+    try:
+        command, config, args = parse_command_line(sys.argv[1:] if argv is None else argv)
+        quiet_libraries()
+        if command == "train":
+            train(config)
+        elif command == "demo":
+            demo(config, args.json)
+        elif command == "ask":
+            ask(config, args.image, args.question, args.adapter)
+        elif command == "eval":
+            rows = load_questions(args.file)
+            policy, role = load_solver(config, args.adapter)
+            result = evaluate(policy, role, rows, batch_size=args.batch_size, report=print_progress)
+            print(format_result(args.adapter or config.model, result, config))
+            write_json(args.json, result)
+        return 0
+    except UserError as error:
+        print(f"ireasoner: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def quiet_libraries():
+    """Keeps progress bars and warnings of transformers out of the log, and lets any terminal print any model's text."""
+    import transformers
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
