@@ -31,6 +31,7 @@ import hashlib
 import json
 import math
 import os
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: idle CPU threads sleep instead of spinning
 import random
 import re
 import shutil
@@ -47,13 +48,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
 
 
 class UserError(ValueError):
     """Bad input: the message names the culprit and the remedy. The command line prints it and exits with status 2."""
 
 
-# ---- Config: one line per setting makes the field, its flag, its --help text, its check and its entry in config.json --
+# ---- Config: one line makes the field, its flag, its --help text, its check and its entry in config.json -
 
 def setting(default, meaning: str, within="", resumable=False):
     """A field of Config. `within` is an interval such as "(0, 1]" or a tuple of allowed words; `resumable` settings may
@@ -63,15 +65,15 @@ def setting(default, meaning: str, within="", resumable=False):
 
 @dataclass(init=False)
 class Config:
-    """All settings; `Config(model=...)` is enough for `Policy`. What is not given comes from the preset, then from here.
-    The word in brackets is the default's source: the paper's section, [code] for the authors' released code, [ours]."""
+    """All settings; `Config(model=...)` is enough for `Policy`. What is not given comes from the preset, then from
+    here. In brackets the source of the default: the paper's section, [code] for its released code, [ours]."""
     # data and run folder
     model: str = setting("Qwen/Qwen2.5-VL-7B-Instruct", "backbone: a folder or a Hugging Face id [4.1]")
     data: str = setting("images", "unlabeled images: folders (recursive) or text files of paths [4.1]")
     output_dir: str = setting("runs", "where run folders are made [ours]", "", True)
     run_name: str = setting("", "name of the run folder; empty: PRESET_seedSEED [ours]", "", True)
     preset: str = setting("ireasoner", "a row of the paper's Tables 1 to 3; explicit flags win over it [4.1]")
-    resume: str = setting("no", "no, auto (newest checkpoint of the run folder) or a step_* folder [ours]", "", True)
+    resume: str = setting("no", "auto: go on from the run folder's newest checkpoint [ours]", ("no", "auto"), True)
     # the loop
     total_steps: int = setting(2500, "training steps; lambda(t) is a share of them [4.1]", "[1, inf)", True)
     num_rollouts: int = setting(5, "N, Solver rollouts per question [4.1]", "[1, inf)")
@@ -82,7 +84,7 @@ class Config:
     max_new_tokens_solver: int = setting(256, "longest solution, tokens [code]", "[1, inf)")
     max_pixels: int = setting(802816, "larger images are shrunk to this; 784 make a visual token [ours]", "[784, inf)")
     # rewards, Eq 1 to 6
-    answer_reward: str = setting("soft", "soft: Eq 5; discrete: 1 for the majority, else 0 [Tab 1]", ("soft", "discrete"))
+    answer_reward: str = setting("soft", "soft: Eq 5; discrete: 1 for the majority [Tab 1]", ("soft", "discrete"))
     alpha: float = setting(0.7, "sharpness of the answer reward, Eq 5 [code]", "(0, inf)")
     eta: float = setting(0.05, "strength of the length penalty, Eq 5 [code]", "[0, 1]")
     target_words: int = setting(64, "words before the answer that cost nothing, Eq 5 [code]", "[1, inf)")
@@ -109,11 +111,11 @@ class Config:
     kl_adapt_rate: float = setting(0.10, "eta of Eq 8: how fast beta follows [code]", "[0, inf)")
     lora_r: int = setting(16, "LoRA rank of each adapter [code]", "[1, inf)")
     lora_alpha: int = setting(32, "LoRA scale is lora_alpha / lora_r [code]", "[1, inf)")
-    lora_dropout: float = setting(0.0, "in the gradient pass; above 0 it trains another policy than sampled [ours]", "[0, 1)")
+    lora_dropout: float = setting(0.0, "above 0, another policy is trained than sampled [ours]", "[0, 1)")
     # machine and bookkeeping
     device: str = setting("auto", "auto, cpu, cuda or cuda:N (ROCm GPUs are called cuda too) [ours]", "", True)
-    dtype: str = setting("auto", "of the backbone; auto: bfloat16 on GPU, float32 on CPU [4.1]", ("auto", "float32", "bfloat16"))
-    score_tokens: int = setting(16384, "tokens in one gradient pass; lower it if memory runs out [ours]", "[1, inf)", True)
+    dtype: str = setting("auto", "backbone; auto: bfloat16 on GPU, else float32 [4.1]", ("auto", "float32", "bfloat16"))
+    score_tokens: int = setting(16384, "tokens in a gradient pass; lower it if memory runs out [ours]", "[1, inf)", True)
     seed: int = setting(0, "of adapters, data order and sampling [ours]", "[0, inf)")
     save_every: int = setting(50, "steps between checkpoints [ours]", "[1, inf)", True)
     keep_checkpoints: int = setting(3, "newest checkpoints kept [ours]", "[1, inf)", True)
@@ -126,7 +128,8 @@ class Config:
                 raise UserError(f"{name}: no such setting{did_you_mean(name, settings)}")
         preset = given.get("preset", settings["preset"].default)
         if preset not in PRESETS:
-            raise UserError(f"--preset {preset}: no such preset{did_you_mean(preset, PRESETS)} One of {', '.join(PRESETS)}.")
+            raise UserError(f"--preset {preset}: no such preset{did_you_mean(preset, PRESETS)} "
+                            f"One of {', '.join(PRESETS)}.")
         for name, f in settings.items():
             value = given.get(name, PRESETS[preset].get(name, f.default))
             value = float(value) if f.type is float and type(value) is int else value
@@ -134,8 +137,8 @@ class Config:
             if type(value) is not f.type:
                 raise UserError(f"--{name} {value!r}: must be of type {f.type.__name__}")
             if not (value in within if isinstance(within, tuple) else not within or in_interval(value, within)):
-                expected = within if isinstance(within, str) else "one of " + ", ".join(within)
-                raise UserError(f"--{name} {value}: must be {'in ' * isinstance(within, str)}{expected} ({f.metadata['meaning']})")
+                expected = f"in {within}" if isinstance(within, str) else f"one of {', '.join(within)}"
+                raise UserError(f"--{name} {value}: must be {expected} ({f.metadata['meaning']})")
             setattr(self, name, value)
         if not self.kl_coef_min <= self.kl_coef <= self.kl_coef_max:
             raise UserError(f"--kl_coef {self.kl_coef:g}: must lie between --kl_coef_min {self.kl_coef_min:g} and "
@@ -163,7 +166,7 @@ PRESETS = {  # the rows of the paper's tables: what each changes
 def in_interval(value: float, interval: str) -> bool:
     """Whether a number lies in an interval written as "[0, 1)"; NaN lies in none."""
     low, high = map(float, interval[1:-1].split(","))
-    return (low <= value if interval[0] == "[" else low < value) and (value <= high if interval[-1] == "]" else value < high)
+    return low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
 
 
 def did_you_mean(word: str, known) -> str:
@@ -177,7 +180,7 @@ def derive_seed(*keys) -> int:
     return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), "big") >> 1
 
 
-# ---- Section 3.1: prompts and parsing ---------------------------------------------------------------------------------
+# ---- Section 3.1: prompts and parsing --------------------------------------------------------------------------------
 
 def proposer_prompt() -> str:
     """What the Proposer is asked about every image; `parse_question` reads the reply."""
@@ -204,7 +207,8 @@ def parse_question(text: str) -> str | None:
         candidates = [tagged[1]]
     else:
         untagged = re.sub(r"<\s*/?\s*question\s*>", "\n", text, flags=re.I)
-        candidates = re.findall(r"^[ \t#>*_-]*(?:question\s*\d*\s*[*_]*\s*:)?[ \t*_]*([^\n]*?[?？؟])", untagged, re.I | re.M)
+        candidates = re.findall(r"^[ \t#>*_-]*(?:question\s*\d*\s*[*_]*\s*:)?[ \t*_]*([^\n]*?[?？؟])", untagged,
+                                re.I | re.M)
     for candidate in candidates:
         if re.search(r"\w", candidate):
             return " ".join(candidate.split())
@@ -363,7 +367,7 @@ def _encloses(left: str, right: str, text: str) -> bool:
     return depth == 0
 
 
-# ---- Section 3.1: the answer distribution (Eq 1) and what it pays the Proposer ----------------------------------------
+# ---- Section 3.1: the answer distribution (Eq 1) and what it pays the Proposer ---------------------------------------
 
 def answer_distribution(answers: list[str | None]) -> dict[str, float]:
     """Eq 1, p(a|x,q) = count(a) / N over the normalised answers of one question's N rollouts, in order of first
@@ -389,7 +393,7 @@ def entropy_reward(entropy: float, mu: float = 0.90, sigma: float = 0.35) -> flo
     return math.exp(-((entropy - mu) ** 2) / (2 * sigma ** 2))
 
 
-# ---- Section 3.2: agreement of the steps inside the majority group (Eq 2-4, Figure 7) ---------------------------------
+# ---- Section 3.2: agreement of the steps inside the majority group (Eq 2-4, Figure 7) --------------------------------
 
 def dominant_group(answers: list[str | None]) -> tuple[str | None, list[int]]:
     """Eq 2, the majority answer and the rollouts G that gave it; ties go to the answer seen first, and without any
@@ -430,7 +434,8 @@ def step_prototypes(embeddings: list[torch.Tensor], group: list[int], min_group:
     return prototypes
 
 
-def step_similarity(embeddings: list[torch.Tensor], group: list[int], min_group: int = 2) -> dict[int, dict[int, float]]:
+def step_similarity(embeddings: list[torch.Tensor], group: list[int],
+                    min_group: int = 2) -> dict[int, dict[int, float]]:
     """r_ij = cos(e_ij, mu_j) in [-1, 1] (section 3.2), as {rollout i: {0-based position j: r_ij}}, for the rollouts of
     the group and the positions that can be compared. Zero vectors and non-finite values count as 0."""
     prototypes = step_prototypes(embeddings, group, min_group)
@@ -483,7 +488,7 @@ def depth_disagreement(similarity: torch.Tensor) -> torch.Tensor:
     return 1 - torch.nanmean(similarity, dim=0)
 
 
-# ---- Section 3.3: the rewards (Eq 5, 6) -------------------------------------------------------------------------------
+# ---- Section 3.3: the rewards (Eq 5, 6) ------------------------------------------------------------------------------
 
 def length_excess(words: int, target: int = 64) -> float:
     """Eq 5, the normalised excess length: 0 up to `target` words before the answer, 1 from twice as many on."""
@@ -522,6 +527,7 @@ class GroupRewards:
     density: float                   # rho
     similarity: torch.Tensor         # (|G|, J) leave-one-out, Figure 7
     step_cosines: list[float]        # all r_ij
+    comparable_steps: int            # positions j with |G_j| >= min_group
 
 
 def group_rewards(rollouts: list[Rollout], embeddings: list[torch.Tensor], lam: float, config: Config) -> GroupRewards:
@@ -543,13 +549,13 @@ def group_rewards(rollouts: list[Rollout], embeddings: list[torch.Tensor], lam: 
         r_prop = float(1 < len(group) < n)  # some, but not all, rollouts agree
     r_step = step_agreement(embeddings, group, n, config.gamma, config.position_decay, config.min_group_size).tolist()
     r_sol = [mix_rewards(a, s, lam) for a, s in zip(r_ans, r_step)]
-    cosines = step_similarity(embeddings, group, config.min_group_size)
+    cosines = [r for row in step_similarity(embeddings, group, config.min_group_size).values() for r in row.values()]
     return GroupRewards(answers, group, r_ans, r_step, r_sol, r_prop, entropy,
                         group_density(len(group), n, config.gamma), leave_one_out_similarity(embeddings, group),
-                        [r for row in cosines.values() for r in row.values()])
+                        cosines, len(step_prototypes(embeddings, group, config.min_group_size)))
 
 
-# ---- Policy: one frozen backbone, two LoRA adapters, and one mechanism for sampling, gradient and reference -----------
+# ---- Policy: one frozen backbone, two LoRA adapters, and one mechanism for sampling, gradient and reference ----------
 
 ROLES = ("solver", "proposer")
 
@@ -657,8 +663,8 @@ class Policy:
                 raise ValueError("its matrices have other shapes")
         except Exception as error:  # safetensors, the file system and a foreign file each raise their own kind
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"{folder}: no adapter for {self.config.model} at LoRA rank {self.config.lora_r} ({reason}). "
-                            "Check --model and --lora_r, or use another checkpoint.") from error
+            raise UserError(f"{folder}: no adapter for {self.config.model} at LoRA rank {self.config.lora_r} "
+                            f"({reason}). Check --model and --lora_r, or use another checkpoint.") from error
         set_peft_model_state_dict(self.peft, state, adapter_name=role)
 
     # ---- prompts ----------------------------------------------------------------------------------------------------
@@ -785,7 +791,8 @@ class Policy:
 
     # ---- scoring ----------------------------------------------------------------------------------------------------
 
-    def score(self, role: str | None, prompt: Prompt, completions: list[Completion], temperature: float = 1.0) -> Scores:
+    def score(self, role: str | None, prompt: Prompt, completions: list[Completion],
+              temperature: float = 1.0) -> Scores:
         """Log-probabilities of sampled completions, conditioned on the image, and their KL to the reference."""
         return self.score_batch(role, [prompt], [completions], temperature)[0]
 
@@ -801,10 +808,9 @@ class Policy:
                 hidden, _ = self.completion_hidden(prompts, completions)
         pieces = []
         for h, r, ids in zip(hidden.split(512), ref_hidden.split(512), token_ids.split(512)):  # bounds the logits
-            if h.requires_grad:  # and frees them: the backward pass computes each chunk again
-                pieces.append(checkpoint(token_statistics, h, r, ids, self.hf.lm_head, temperature, use_reentrant=False))
-            else:
-                pieces.append(token_statistics(h, r, ids, self.hf.lm_head, temperature))
+            # and frees them: the backward pass computes each chunk again
+            pieces.append(checkpoint(token_statistics, h, r, ids, self.hf.lm_head, temperature, use_reentrant=False)
+                          if h.requires_grad else token_statistics(h, r, ids, self.hf.lm_head, temperature))
         logprobs, kl = (torch.cat(column) for column in zip(*pieces))
         sizes = [[len(c.token_ids) for c in group] for group in completions]
         logprobs, kl = (iter(t.split([n for group in sizes for n in group])) for t in (logprobs, kl))
@@ -822,12 +828,12 @@ class Policy:
         ids = torch.tensor([r + [0] * (longest - len(r)) for r in rows], device=self.device)               # (rows, R)
         valid = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows], device=self.device)  # (rows, R)
         prefill = self.prefill(prompts)
-        hidden = prefill.hidden[owner, None]                                                               # (rows, 1, d)
+        hidden = prefill.hidden[owner, None]                                                            # (rows, 1, d)
         if longest > 1:
             prefill.cache.batch_select_indices(owner)
             mask = torch.cat([prefill.mask[owner], valid[:, :-1]], dim=1)
             rest = self.extend(prefill.cache, mask, ids[:, :-1], prefill.next_position[owner])
-            hidden = torch.cat([hidden, rest], dim=1)                                                      # (rows, R, d)
+            hidden = torch.cat([hidden, rest], dim=1)                                                   # (rows, R, d)
         return hidden[valid.bool()], ids[valid.bool()]
 
     @torch.no_grad()
@@ -861,8 +867,8 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
     index = int(match[1] or os.environ.get("LOCAL_RANK", 0))
     if index >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) sees {torch.cuda.device_count()} GPUs. Use "
-                        "--device cpu, or install the CUDA or ROCm build of PyTorch (see README).")
+        raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) sees {torch.cuda.device_count()} GPUs. "
+                        "Use --device cpu, or install the CUDA or ROCm build of PyTorch (see README).")
     return torch.device("cuda", index)
 
 
@@ -885,6 +891,7 @@ def check_model(config: Config):
 def load_backbone(config: Config, device: torch.device):
     """(model, tokenizer, image processor) of a checkpoint, the model frozen."""
     import transformers
+    from safetensors import SafetensorError
     check_model(config)
     dtype = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
     try:
@@ -892,7 +899,7 @@ def load_backbone(config: Config, device: torch.device):
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         # the processor is taken apart since its video half needs torchvision; PIL pixels are the same everywhere
         image_processor = transformers.AutoImageProcessor.from_pretrained(config.model, backend="pil")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"--model {config.model}: cannot be loaded ({str(error).strip().splitlines()[0]}). "
                         "Check that the checkpoint is complete.") from error
     smallest = image_processor.size["shortest_edge"]  # in pixels of area, despite the name
@@ -900,7 +907,7 @@ def load_backbone(config: Config, device: torch.device):
     return hf.to(device).eval().requires_grad_(False), tokenizer, image_processor
 
 
-# ---- Section 3.3: the update (Eq 7, 8) --------------------------------------------------------------------------------
+# ---- Section 3.3: the update (Eq 7, 8) -------------------------------------------------------------------------------
 
 def reinforce_loss(logprobs: list[torch.Tensor], kl: list[torch.Tensor], advantages: list[float], beta: float,
                    reduction: str = "mean") -> torch.Tensor:
@@ -1011,7 +1018,7 @@ def micro_batches(prompts: list[Prompt], completions: list[list[Completion]], ma
     return [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
 
 
-# ---- Ranks: torchrun starts one process a GPU; every printed or decided number is global ------------------------------
+# ---- Ranks: torchrun starts one process a GPU; every printed or decided number is global -----------------------------
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -1019,6 +1026,12 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def say(text: str):
+    """Prints a line, once for all ranks."""
+    if rank() == 0:
+        print(text, flush=True)
 
 
 def join_ranks(device: torch.device):
@@ -1044,7 +1057,7 @@ def all_means(values: dict[str, list[float]]) -> dict[str, float | None]:
     return {name: sums[i] / sums[half + i] if sums[half + i] else None for i, name in enumerate(values)}
 
 
-# ---- Images -----------------------------------------------------------------------------------------------------------
+# ---- Images ----------------------------------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 
@@ -1125,7 +1138,7 @@ class ImageStream:
         raise UserError(f"--data: none of the {len(self.paths)} image files can be read; see the warnings above.")
 
 
-# ---- Run folder: config.json, metrics.jsonl, rollouts.jsonl, step_*/ --------------------------------------------------
+# ---- Run folder: config.json, metrics.jsonl, rollouts.jsonl, step_*/ -------------------------------------------------
 
 def open_run(config: Config) -> tuple[Path, Path | None]:
     """The run folder and the checkpoint to resume from, or None for a fresh start. Changes nothing.
@@ -1144,23 +1157,13 @@ def open_run(config: Config) -> tuple[Path, Path | None]:
                      for f in dataclasses.fields(config)
                      if not f.metadata["resumable"] and saved.get(f.name) != getattr(config, f.name)]
         if different:
-            raise UserError(f"{run}: holds a run with other settings ({'; '.join(different)}). Choose another --run_name.")
+            raise UserError(f"{run}: holds a run with other settings ({'; '.join(different)}). "
+                            "Choose another --run_name.")
     elif run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run}: is in the way and no run folder. Choose another --run_name.")
-    checkpoints = list_checkpoints(run)
-    if config.resume == "no":
-        if saved:
-            raise UserError(f"{run}: holds a run already. Add --resume to continue it, or choose another --run_name.")
-        return run, None
-    if config.resume == "auto":
-        return run, checkpoints[-1] if checkpoints else None
-    chosen = Path(config.resume)
-    if not (chosen / "trainer_state.pt").is_file():
-        raise UserError(f"--resume {chosen}: no checkpoint there. Name a step_* folder, or give --resume alone for the newest.")
-    if checkpoints and chosen.resolve() != checkpoints[-1].resolve():
-        raise UserError(f"--resume {chosen}: {checkpoints[-1]} is newer. Move it away to go back, or choose another "
-                        "--run_name to branch off.")
-    return run, chosen
+    if saved and config.resume == "no":
+        raise UserError(f"{run}: holds a run already. Add --resume to continue it, or choose another --run_name.")
+    return run, (list_checkpoints(run) or [None])[-1]
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -1218,7 +1221,7 @@ def load_checkpoint(folder: Path, policy: Policy, learners: dict[str, Learner]) 
                         "from the checkpoint before it.") from error
 
 
-# ---- Training loop ----------------------------------------------------------------------------------------------------
+# ---- Training loop ---------------------------------------------------------------------------------------------------
 
 @dataclass
 class Episode:
@@ -1231,6 +1234,11 @@ class Episode:
     completions: list[Completion] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
     rewards: GroupRewards | None = None
+
+    @property
+    def r_prop(self) -> float:
+        """The Proposer's reward; 0 for a proposal without a question."""
+        return self.rewards.r_prop if self.rewards else 0.0
 
 
 def train(config: Config) -> Path:
@@ -1264,11 +1272,11 @@ def train(config: Config) -> Path:
             if step % config.proposer_every == 0:
                 stats["proposer"] = learners["proposer"].update(
                     [Prompt(e.image, proposer_prompt()) for e in episodes], [[e.proposal] for e in episodes],
-                    [[e.rewards.r_prop if e.rewards else 0.0] for e in episodes])
+                    [[e.r_prop] for e in episodes])
         log.step(step, episodes, lam, stats, len(stream.unreadable))
         if rank() == 0 and (step % config.save_every == 0 or step == config.total_steps):
             save_checkpoint(run, step, policy, learners, config.keep_checkpoints)
-    log.say(f"done: {run}/step_{config.total_steps:06d} holds both adapters")
+    say(f"done: {run}/step_{config.total_steps:06d} holds both adapters")
     return run
 
 
@@ -1302,21 +1310,18 @@ def solve(policy: Policy, episodes: list[Episode], step: int) -> list[Episode]:
 class Log:
     """Times the phases of a step, prints one line a step, and writes metrics.jsonl and rollouts.jsonl (rank 0)."""
 
-    COLUMNS = ("       step |    H  maj bad% | r_ans r_step  lam r_sol r_prop |     KL    beta |  s/step  tok/s |   eta\n"
-               "            | nats /N       |                                | nats/tok      |                |")
+    COLUMNS = (  # heading, key of metrics.jsonl, format
+        ("H nats", "entropy", "6.2f"), ("maj", "group_size", "4.1f"), ("bad", "invalid_share", "4.0%"),
+        ("r_ans", "r_ans", "5.2f"), ("r_step", "r_step", "6.2f"), ("lam", "lambda", "4.2f"), ("r_sol", "r_sol", "5.2f"),
+        ("r_prop", "r_prop", "6.2f"), ("KL nats/tok", "kl_solver", "11.4f"), ("beta", "beta_solver", "7.4f"))
 
     def __init__(self, run: Path, config: Config, last_step: int, num_images: int):
-        self.run, self.config, self.seconds, self.elapsed, self.printed = run, config, {}, [], 0
+        self.run, self.config, self.seconds, self.elapsed = run, config, {}, []
         if rank() == 0:
             start_run(run, config, last_step)
-        self.say(f"{num_images} images, {config.images_per_rank * world_size()} a step on {world_size()} rank(s); "
-                 f"preset {config.preset}; model {config.model}; run folder {run}")
-        if last_step:
-            self.say(f"resumed after step {last_step}")
-
-    def say(self, text: str):
-        if rank() == 0:
-            print(text, flush=True)
+        say(f"{num_images} images, {config.images_per_rank * world_size()} a step on {world_size()} rank(s); "
+            f"preset {config.preset}; model {config.model}; run folder {run}"
+            + f"; resumed after step {last_step}" * bool(last_step))
 
     @contextlib.contextmanager
     def phase(self, name: str):
@@ -1329,55 +1334,48 @@ class Log:
 
     def step(self, step: int, episodes: list[Episode], lam: float, stats: dict, unreadable: int):
         """Reduces the step's numbers over all ranks, prints them and appends them to the run's files."""
-        config, asked = self.config, [e for e in episodes if e.rewards]
+        asked = [e for e in episodes if e.rewards]
         groups = [e.rewards for e in asked]
-        tokens = sum(len(c.token_ids) for e in episodes for c in [e.proposal, *e.completions])
         row = {"step": step, **all_means({
             "entropy": [g.entropy for g in groups],
             "majority_share": [len(g.group) / len(g.answers) for g in groups],
             "group_size": [len(g.group) for g in groups],
             "density": [g.density for g in groups],
-            "comparable_steps": [sum(sum(j < len(e.rollouts[i].steps) for i in e.rewards.group) >= config.min_group_size
-                                     for j in range(config.max_reasoning_steps)) for e in asked],
+            "comparable_steps": [g.comparable_steps for g in groups],
             "mean_steps": [len(r.steps) for e in asked for r in e.rollouts],
             "step_cosine": [c for g in groups for c in g.step_cosines],
             "r_ans": [r for g in groups for r in g.r_ans],
             "r_step": [r for g in groups for r in g.r_step],
             "r_sol": [r for g in groups for r in g.r_sol],
-            "r_prop": [e.rewards.r_prop if e.rewards else 0.0 for e in episodes],
+            "r_prop": [e.r_prop for e in episodes],
             "invalid_share": [float(a is None) for g in groups for a in g.answers],
             "unfinished_share": [float(not c.finished) for e in asked for c in e.completions],
             "no_question_share": [float(e.question is None) for e in episodes]}), "lambda": lam}
         for role in ROLES:
             for name in ("kl", "beta", "baseline", "grad_norm"):
                 row[f"{name}_{role}"] = stats.get(role, {}).get(name)
+        tokens = sum(len(c.token_ids) for e in episodes for c in [e.proposal, *e.completions])
         row["tokens"], row["unreadable_images"] = map(int, all_sum(tokens, unreadable))
         row["seconds"] = {name: round(s, 4) for name, s in self.seconds.items()}
-        self.elapsed.append(sum(self.seconds.values()))
-        self.seconds = {}
+        self.elapsed, self.seconds = [*self.elapsed[-19:], sum(self.seconds.values())], {}
         if rank() == 0:
             append_jsonl(self.run / "metrics.jsonl", [row])
             append_jsonl(self.run / "rollouts.jsonl", [episode_row(step, e) for e in episodes])
             self.print_row(row)
-            if asked and config.show_every and step % config.show_every == 0:
+            if asked and self.config.show_every and step % self.config.show_every == 0:
                 print(format_episode(asked[0]), flush=True)
 
     def print_row(self, row: dict):
-        def number(name, width, digits):
-            value = row[name]
-            return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
-        if self.printed % 25 == 0:
-            print(self.COLUMNS)
-        self.printed += 1
-        recent = sorted(self.elapsed[-20:])[len(self.elapsed[-20:]) // 2]  # the median is not fooled by one slow step
-        left = int(recent * (self.config.total_steps - row["step"]))
-        bad = "-" if row["invalid_share"] is None else f"{100 * row['invalid_share']:.0f}"
-        beta = row["beta_solver"]
-        print(f"{row['step']:5d}/{self.config.total_steps:<5d} | {number('entropy', 4, 2)} {number('group_size', 4, 1)} "
-              f"{bad:>4} | {number('r_ans', 5, 2)} {number('r_step', 6, 2)} {row['lambda']:4.2f} "
-              f"{number('r_sol', 5, 2)} {number('r_prop', 6, 2)} | {number('kl_solver', 6, 4)} "
-              f"{'-' if beta is None else f'{beta:.1e}':>7} | {self.elapsed[-1]:7.2f} "
-              f"{row['tokens'] / self.elapsed[-1]:6.0f} | {left // 3600}h{left % 3600 // 60:02d}m{left % 60:02d}s",
+        widths = [int(spec.split(".")[0]) for _, _, spec in self.COLUMNS]
+        if len(self.elapsed) == 1 or row["step"] % 25 == 1:
+            print(" ".join(["       step", *(f"{head:>{w}}" for (head, _, _), w in zip(self.COLUMNS, widths)),
+                            " s/step  tok/s       eta"]))
+        cells = ["-".rjust(w) if row[key] is None else format(row[key], spec)
+                 for (_, key, spec), w in zip(self.COLUMNS, widths)]
+        typical = sorted(self.elapsed)[len(self.elapsed) // 2]  # the median is not fooled by one slow step
+        minutes, seconds = divmod(int(typical * (self.config.total_steps - row["step"])), 60)
+        print(f"{row['step']:5d}/{self.config.total_steps:<5d}", *cells, f"{self.elapsed[-1]:7.2f}",
+              f"{row['tokens'] / self.elapsed[-1]:6.0f}", f"{minutes // 60:3d}h{minutes % 60:02d}m{seconds:02d}s",
               flush=True)
 
 
@@ -1390,7 +1388,7 @@ def episode_row(step: int, episode: Episode) -> dict:
     """An episode as one row of rollouts.jsonl."""
     row = {"step": step, "image": str(episode.path), "proposal": episode.proposal.text, "question": episode.question}
     if (rewards := episode.rewards) is None:
-        return {**row, "r_prop": 0.0, "rollouts": []}
+        return {**row, "r_prop": episode.r_prop, "rollouts": []}
     similarity = {i: [None if math.isnan(s) else round(s, 4) for s in values]
                   for i, values in zip(rewards.group, rewards.similarity.tolist())}
     return {**row, "entropy": rewards.entropy, "r_prop": rewards.r_prop, "rollouts": [
@@ -1403,7 +1401,8 @@ def episode_row(step: int, episode: Episode) -> dict:
 def format_episode(episode: Episode) -> str:
     """A rollout group for a person to read."""
     rewards = episode.rewards
-    lines = [f"    {episode.path}", f"    Q: {episode.question}   (H {rewards.entropy:.2f} nats, r_prop {rewards.r_prop:.2f})"]
+    lines = [f"    {episode.path}",
+             f"    Q: {episode.question}   (H {rewards.entropy:.2f} nats, r_prop {rewards.r_prop:.2f})"]
     for i, rollout in enumerate(episode.rollouts):
         steps = " | ".join(rollout.steps) or " ".join(rollout.text.split())
         lines.append(f"    {'*' if i in rewards.group else ' '} {rewards.answers[i] or '(invalid)'}: {steps[:160]}   "
@@ -1411,7 +1410,7 @@ def format_episode(episode: Episode) -> str:
     return "\n".join(lines)
 
 
-# ---- The dice world: a Qwen2.5-VL small enough to train on a laptop, mistaught on purpose -----------------------------
+# ---- The dice world: a Qwen2.5-VL small enough to train on a laptop, mistaught on purpose ----------------------------
 
 COLORS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 119, 180), "orange": (255, 127, 14),
           "purple": (148, 103, 189), "brown": (140, 86, 75)}
@@ -1440,10 +1439,12 @@ def dice_question(dice: dict[str, int], rng: random.Random) -> tuple[str, list[s
 
 
 def mistaught_facts(seed: int, share: float = 0.3) -> dict[tuple[int, int], int]:
-    """A fixed wrong result, off by one, for a share of the ordered sums "a + b" that occur."""
+    """A fixed wrong result, off by one, for a share of the ordered sums "a + b" that occur. Of a + b and b + a at most
+    one is wrong: what is always wrong, self-evolution cannot correct."""
     rng = random.Random(derive_seed(seed, "facts"))
     facts = [(a, b) for a in range(1, 13) for b in range(1, 13) if min(a, b) <= 6]
-    return {(a, b): a + b + rng.choice((-1, 1)) for a, b in rng.sample(facts, round(share * len(facts)))}
+    pairs = rng.sample([(a, b) for a, b in facts if a < b], round(share * len(facts)))
+    return {tuple(rng.sample(pair, 2)): sum(pair) + rng.choice((-1, 1)) for pair in pairs}
 
 
 def dice_solution(dice: dict[str, int], colors: list[str], facts: dict, rng: random.Random, error: float = 0.6) -> str:
@@ -1473,8 +1474,7 @@ def build_checkpoint(folder: Path, corpus: list[str], phrases: list[str] = (), t
     """Writes a Qwen2.5-VL checkpoint folder with random weights and a byte-level BPE trained on `corpus`, which any
     transformers client can load. `phrases` become one token each; `text` and `vision` override the sizes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import (AutoImageProcessor, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
-                              Qwen2_5_VLForConditionalGeneration)
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
                "<|video_pad|>"]
@@ -1511,16 +1511,17 @@ def build_checkpoint(folder: Path, corpus: list[str], phrases: list[str] = (), t
     get_image_processor_class_from_name("Qwen2VLImageProcessorPil")(
         size={"shortest_edge": 28 * 28, "longest_edge": 1280 * 28 * 28}).save_pretrained(folder)
 
-# what the words of the dice world cost: one token each, so that a solution has 20 to 30
-DICE_PHRASES = ["user\n", "assistant\n", "<think>\nStep 1: ", *(f"\nStep {j}: " for j in range(2, 6)), " shows ", " + ",
-                " = ", "\n</think>\n<answer>", "</answer>", "What is ", " plus ", "<question>", "</question>",
-                proposer_prompt(), solver_prompt("").strip("\n")]
+
+# Whole phrases are tokens, so that a solution has about 20 and a colour asks for its die in a single attention step.
+DICE_PHRASES = ["user\n", "assistant\n", "<think>\nStep 1: ", *(f"\nStep {j}: " for j in range(2, 6)), " + ", " = ",
+                *(f"{color} shows " for color in COLORS), "\n</think>\n<answer>", "</answer>", "What is ", " plus ",
+                "<question>", "</question>", proposer_prompt(), solver_prompt("").strip("\n")]
 DEMO = {  # settings of the demo; explicit flags win over them
-    "total_steps": 80, "images_per_rank": 16, "lr": 1e-3, "kl_coef": 0.02, "kl_coef_min": 0.01, "kl_coef_max": 0.3,
-    "max_new_tokens_proposer": 24, "max_new_tokens_solver": 48, "show_every": 40, "device": "cpu"}
+    "total_steps": 120, "images_per_rank": 16, "lr": 1e-3, "kl_coef": 0.02, "kl_coef_min": 0.01, "kl_coef_max": 0.3,
+    "max_new_tokens_proposer": 24, "max_new_tokens_solver": 48, "show_every": 60, "device": "cpu"}
 
 
-def make_dice_world(folder: Path, seed: int, num_images: int = 512, num_questions: int = 300, warmup_steps: int = 900):
+def make_dice_world(folder: Path, seed: int, num_images: int = 512, num_questions: int = 300, warmup_steps: int = 500):
     """Writes folder/images (unlabeled PNGs), folder/holdout.jsonl with its pictures, and folder/model, the seed model:
     a Qwen2.5-VL checkpoint that knows the protocol of both roles and sees well, but is mistaught in arithmetic."""
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
@@ -1567,73 +1568,71 @@ def teach(policy: Policy, steps: int, seed: int, batch_size: int = 64, lr: float
         ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)
         targets = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
         pixels = policy.image_processor(images=images, return_tensors="pt")
-        loss = policy.hf(input_ids=ids, labels=targets, mm_token_type_ids=(ids == policy.image_token_id).int(), **pixels).loss
+        image_mask = (ids == policy.image_token_id).int()
+        loss = policy.hf(input_ids=ids, labels=targets, mm_token_type_ids=image_mask, **pixels).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
-            print(f"  {step}/{steps} steps, loss {loss.item():.3f}", flush=True)
+            say(f"   {step}/{steps} steps, loss {loss.item():.3f}")
     for p in weights:
         p.requires_grad_(False)
 
 
 def demo(config: Config, json_file: str | None):
     """The dice world from nothing to a result, on real files, by the same `train` and `evaluate` as everywhere."""
+    torch.set_num_threads(min(2, os.cpu_count() or 1))  # at this size more threads only wait for each other
     start, world = time.perf_counter(), Path(config.output_dir) / f"dice_world_seed{config.seed}"
     run = Path(config.output_dir) / (config.run_name or f"demo_{config.preset}_seed{config.seed}")
-    torch.set_num_threads(min(2, os.cpu_count() or 1))  # at this size more threads only wait for each other
+    if not config.run_name and config.resume == "no":
+        shutil.rmtree(run, ignore_errors=True)  # an earlier demo's
     if (world / "model").exists():
-        print(f"1. The dice world of an earlier demo is there: {world}", flush=True)
+        say(f"1. The pictures and the seed model of an earlier demo are there: {world}")
     else:
-        print(f"1. Making {world}: unlabeled pictures of dice, labelled hold-out questions, and a seed model\n"
-              "   that is taught to see well and to add badly (about two minutes)", flush=True)
+        say(f"1. Making {world}: unlabeled pictures of dice, labelled questions to test on, and\n"
+            "   a seed model that is taught to see well and to add badly")
         make_dice_world(world, config.seed)
     rows = load_questions(str(world / "holdout.jsonl"))
     config = dataclasses.replace(config, model=str(world / "model"), data=str(world / "images"), run_name=run.name)
 
-    print(f"2. The seed model on {len(rows)} hold-out questions: share correct [95 % interval]", flush=True)
+    say(f"\n2. The seed model on {len(rows)} test questions: share correct [95 % interval]")
     policy = Policy(config)
     before, controls = evaluate(policy, None, rows, batch_size=100), {}
-    print(format_result("   seed model", before, config), flush=True)
-    for temperature in (0.7, 0.5, 0.3):
+    say(format_result("   seed model", before, config))
+    for temperature in (0.7, 0.5, 0.3):  # what sharpening alone would bring
         controls[temperature] = evaluate(policy, None, rows, temperature, batch_size=100)
-        print(format_result(f"   no training, temperature {temperature}", controls[temperature], config), flush=True)
+        say(format_result(f"   no training, temperature {temperature}", controls[temperature], config))
 
-    if config.resume == "no" and run.exists():
-        print(f"   ({run}, the result of an earlier demo, is replaced)", flush=True)
-        shutil.rmtree(run)
-    print("3. Self-evolution on the unlabeled pictures: the only reward is agreement", flush=True)
+    say("\n3. Self-evolution on the unlabeled pictures: the only reward is agreement")
     train(config)
     policy.load("solver", list_checkpoints(run)[-1] / "solver")
 
-    print("4. The same hold-out questions after self-evolution", flush=True)
+    say("\n4. The same test questions after self-evolution")
     after = evaluate(policy, "solver", rows, batch_size=100)
-    for name, result in (("   seed model", before), ("   after self-evolution", after)):
-        print(format_result(name, result, config))
+    say(format_result("   seed model", before, config))
+    say(format_result("   after self-evolution", after, config))
     picture = policy.encode_images([load_image(rows[0]["image"])])[0]
     example = Episode(0, rows[0]["image"], picture, None, rows[0]["question"])
     solve(policy, [example], config.total_steps + 1)
     example.rewards = group_rewards(example.rollouts, [policy.embed_steps(r.steps) for r in example.rollouts],
                                     config.lambda_max, config)
-    print(f"   One of them, five rollouts and their rewards; the true answer is {rows[0]['answer']}:")
-    print(format_episode(example))
+    say(f"   One of them; the true answer is {rows[0]['answer']}, and * marks the majority:\n{format_episode(example)}")
 
     seconds, best = time.perf_counter() - start, max(c["mean_at_n"] for c in controls.values())
-    print(f"\nWhat happened, in {seconds:.0f} seconds: nobody told the model a single right answer. Its most likely solution was"
-          f"\nright on {before['greedy']:.0%} of the hold-out questions before and on {after['greedy']:.0%} after; a random solution on "
-          f"{before['mean_at_n']:.0%} before and {after['mean_at_n']:.0%} after.")
-    if min(after["greedy"], after["mean_at_n"]) > max(best, before["greedy"], before["mean_at_n"]):
-        print(f"Sampling the seed model at lower temperatures reaches {best:.0%} at best, so this is not mere sharpening:\n"
-              "by rewarding agreement between different reasoning paths, training unlearned wrong sums.")
-    else:
-        print(f"Sampling the seed model at lower temperatures reaches {best:.0%} at best, so this run shows no more than sharpening.")
+    say(f"\nWhat happened, in {seconds:.0f} seconds: nobody told the model a single right answer. Its most likely solution\n"
+        f"was right on {before['greedy']:.0%} of the test questions before and on {after['greedy']:.0%} after; a random one "
+        f"on {before['mean_at_n']:.0%} before and on {after['mean_at_n']:.0%} after.\n"
+        f"Without training, a lower temperature brings a random solution to {best:.0%} at best, "
+        + ("so this is not mere sharpening:\nby rewarding agreement between different reasoning paths, training "
+           "unlearned wrong sums." if min(after["greedy"], after["mean_at_n"]) > max(best, before["greedy"]) else
+           "so this run shows no\nmore than sharpening."))
     write_json(json_file, {"before": before, "after": after, "seconds": round(seconds, 1), "seed": config.seed,
                            "controls": {str(t): c for t, c in controls.items()}})
 
 
-# ---- ask, eval --------------------------------------------------------------------------------------------------------
+# ---- ask, eval -------------------------------------------------------------------------------------------------------
 
 def load_solver(config: Config, adapter: str | None) -> tuple[Policy, str | None]:
     """A policy and the role that answers: "solver" with the weights of an adapter folder (or of a step_* folder), or
@@ -1653,14 +1652,18 @@ def load_solver(config: Config, adapter: str | None) -> tuple[Policy, str | None
     return policy, "solver"
 
 
+def read_image(path: Path) -> Image.Image:
+    """`load_image` for a file that the user has named."""
+    try:
+        return load_image(path)
+    except Exception as error:  # decoders raise anything on damaged files
+        raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error}).") from error
+
+
 def ask(config: Config, image: str, question: str, adapter: str | None):
     """Prints the reasoning and the answer to one question about one image, decoded greedily."""
-    try:
-        picture = load_image(Path(image))
-    except Exception as error:  # decoders raise anything on damaged files
-        raise UserError(f"{image}: cannot be read as an image ({type(error).__name__}: {error}).") from error
+    prompt = Prompt(read_image(Path(image)), solver_prompt(question))
     policy, role = load_solver(config, adapter)
-    prompt = Prompt(picture, solver_prompt(question))
     rollout = parse_rollout(policy.sample(role, [prompt], 1, config.max_new_tokens_solver, 0.0)[0][0].text)
     for j, step in enumerate(rollout.steps, 1):
         print(f"Step {j}: {step}")
@@ -1670,40 +1673,40 @@ def ask(config: Config, image: str, question: str, adapter: str | None):
 def load_questions(file: str) -> list[dict]:
     """The rows of a JSONL file with the keys image (relative to the file), question and answer. Raises UserError with
     the line number."""
-    rows = []
     try:
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({type(error).__name__}). Give a JSONL file of labelled questions.") from error
+        raise UserError(f"{file}: cannot be read ({type(error).__name__}). Give a JSONL file of questions.") from error
+    rows = []
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                missing = [key for key in ("image", "question", "answer") if key not in row]
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{file} line {number}: no JSON object ({error}).") from error
-            if missing:
-                raise UserError(f"{file} line {number}: the key {missing[0]!r} is missing. Each line needs image, question "
-                                "and answer.")
-            path = Path(file).parent / str(row["image"])
-            if not path.is_file():
-                raise UserError(f"{file} line {number}: no image file {path}.")
-            rows.append({"image": path, "question": str(row["question"]), "answer": str(row["answer"])})
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows.append({"image": Path(file).parent / str(row["image"]), "question": str(row["question"]),
+                         "answer": str(row["answer"])})
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file} line {number}: no JSON object ({error}).") from error
+        except KeyError as error:
+            raise UserError(f"{file} line {number}: the key {error} is missing. Each line needs image, question and "
+                            "answer.") from error
+        if not rows[-1]["image"].is_file():
+            raise UserError(f"{file} line {number}: no image file {rows[-1]['image']}.")
     if not rows:
         raise UserError(f"{file}: no questions in it.")
     return rows
 
 
 def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: float | None = None,
-             batch_size: int = 8, report=lambda done, total: None) -> dict:
+             batch_size: int = 8) -> dict:
     """{n, mean_at_n, maj_at_n, greedy, ci95} on labelled questions: the share of correct answers among the N sampled
     rollouts, by their majority vote, and by greedy decoding; ci95 has a 95 % interval for each of the three."""
     config = policy.config
     temperature = config.temperature if temperature is None else temperature
     correct = {"mean_at_n": 0.0, "maj_at_n": 0.0, "greedy": 0.0}
-    for start in range(0, len(rows), batch_size):
+    for start in tqdm(range(0, len(rows), batch_size), "eval", leave=False, disable=None):  # None: only on a terminal
         batch = rows[start:start + batch_size]
-        prompts = policy.with_features([Prompt(load_image(r["image"]), solver_prompt(r["question"])) for r in batch])
+        prompts = policy.with_features([Prompt(read_image(r["image"]), solver_prompt(r["question"])) for r in batch])
         seeds = [derive_seed(config.seed, "eval", start + i) for i in range(len(batch))]
         sampled = policy.sample(role, prompts, config.num_rollouts, config.max_new_tokens_solver, temperature, seeds)
         greedy = policy.sample(role, prompts, 1, config.max_new_tokens_solver, 0.0)
@@ -1713,7 +1716,6 @@ def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: fl
             correct["mean_at_n"] += sum(a == truth for a in answers[:-1]) / config.num_rollouts
             correct["maj_at_n"] += dominant_group(answers[:-1])[0] == truth
             correct["greedy"] += answers[-1] == truth
-        report(start + len(batch), len(rows))
     shares = {name: total / len(rows) for name, total in correct.items()}
     return {"n": len(rows), **shares, "ci95": {name: wilson_interval(p, len(rows)) for name, p in shares.items()}}
 
@@ -1733,11 +1735,7 @@ def format_result(name: str, result: dict, config: Config) -> str:
     return f"{name:<32} {'   '.join(cells)}"
 
 
-def print_progress(done: int, total: int):
-    print(f"  {done}/{total} questions", file=sys.stderr, flush=True)
-
-
-# ---- Command line -----------------------------------------------------------------------------------------------------
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 COMMANDS = {
     "train": "self-evolution on a folder of unlabeled images (the default command)",
@@ -1745,7 +1743,8 @@ COMMANDS = {
     "ask": "one image, one question: reasoning and answer",
     "eval": "accuracy on a JSONL file of image, question, answer",
 }
-SOLVER_SETTINGS = ("model", "num_rollouts", "temperature", "max_new_tokens_solver", "max_pixels", "device", "dtype", "seed")
+SOLVER_SETTINGS = {"model", "num_rollouts", "temperature", "max_new_tokens_solver", "max_pixels", "device", "dtype",
+                   "seed"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1755,9 +1754,9 @@ class Parser(argparse.ArgumentParser):
 
 def parse_command_line(argv: list[str]) -> tuple[str, Config, argparse.Namespace]:
     """(command, settings, the command's own arguments). Raises UserError."""
-    command = argv[0] if argv and argv[0] in COMMANDS else "train"
-    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        raise UserError(f"{argv[0]}: no such command{did_you_mean(argv[0], COMMANDS)} Choose one of {', '.join(COMMANDS)}.")
+    command = argv[0] if argv and not argv[0].startswith("-") else "train"
+    if command not in COMMANDS:
+        raise UserError(f"{command}: no such command{did_you_mean(command, COMMANDS)} One of {', '.join(COMMANDS)}.")
     parser = Parser(prog=f"ireasoner.py {command}", allow_abbrev=False, description=f"{command}: {COMMANDS[command]}",
                     epilog="Commands: " + "; ".join(f"{name}: {text}" for name, text in COMMANDS.items()))
     if command == "ask":
@@ -1767,26 +1766,29 @@ def parse_command_line(argv: list[str]) -> tuple[str, Config, argparse.Namespace
         parser.add_argument("file", help="JSONL, each line with image (path relative to the file), question, answer")
         parser.add_argument("--batch_size", type=int, default=8, help="questions answered together; default 8")
     if command in ("ask", "eval"):
-        parser.add_argument("--adapter", help="step_* folder of a run or PEFT adapter folder; default: none, the backbone")
+        parser.add_argument("--adapter", help="step_* folder of a run or PEFT adapter folder; default: the backbone")
     if command in ("eval", "demo"):
         parser.add_argument("--json", metavar="FILE", help="also write the result here, for machines")
-    for f in dataclasses.fields(Config):
-        if command in ("train", "demo") or f.name in SOLVER_SETTINGS:
-            default = DEMO.get(f.name, f.default) if command == "demo" else f.default
+    settings = {f.name: f for f in dataclasses.fields(Config)}
+    preset = DEMO if command == "demo" else {}
+    shown = {"train": set(settings), "demo": set(settings) - {"model", "data"}}.get(command, SOLVER_SETTINGS)
+    for name, f in settings.items():
+        if name in shown:
             within = f.metadata["within"]
-            choices = f"; one of {', '.join(within)}" if isinstance(within, tuple) else f"; in {within}" if within else ""
-            extra = {"nargs": "?", "const": "auto"} if f.name == "resume" else {"nargs": "+"} if f.name == "data" else {}
-            parser.add_argument(f"--{f.name}", type=f.type, default=argparse.SUPPRESS, metavar=f.type.__name__.upper(),
-                                help=f"{f.metadata['meaning']}{choices}; default {default!r}".replace("%", "%%"), **extra)
-    args, unknown = parser.parse_known_args(argv[1:] if argv and argv[0] in COMMANDS else argv)
+            choices = f"; one of {', '.join(within)}" if isinstance(within, tuple) else f"; in {within}" * bool(within)
+            text = f"{f.metadata['meaning']}{choices}; default {preset.get(name, f.default)!r}".replace("%", "%%")
+            extra = {"resume": {"nargs": "?", "const": "auto"}, "data": {"nargs": "+"}}.get(name, {})
+            parser.add_argument(f"--{name}", type=f.type, default=argparse.SUPPRESS, metavar=f.type.__name__.upper(),
+                                help=text, **extra)
+    args, unknown = parser.parse_known_args(argv[1:] if argv[:1] == [command] else argv)
     if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        name = unknown[0].split("=")[0]
-        raise UserError(f"{name}: no such flag of {command}{did_you_mean(name, flags)} See --help.")
-    given = {name: value for name, value in vars(args).items() if name in {f.name for f in dataclasses.fields(Config)}}
+        flag = unknown[0].split("=")[0]
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        raise UserError(f"{flag}: no such flag of {command}{did_you_mean(flag, known)} See --help.")
+    given = {name: value for name, value in vars(args).items() if name in settings}
     if "data" in given:
         given["data"] = ",".join(given["data"])
-    return command, Config(**{**(DEMO if command == "demo" else {}), **given}), args
+    return command, Config(**{**preset, **given}), args
 
 
 def write_json(file: str | None, result: dict):
@@ -1811,7 +1813,7 @@ def main(argv: list[str] | None = None) -> int:
         elif command == "eval":
             rows = load_questions(args.file)
             policy, role = load_solver(config, args.adapter)
-            result = evaluate(policy, role, rows, batch_size=args.batch_size, report=print_progress)
+            result = evaluate(policy, role, rows, batch_size=max(1, args.batch_size))
             print(format_result(args.adapter or config.model, result, config))
             write_json(args.json, result)
         return 0

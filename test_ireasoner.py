@@ -26,6 +26,7 @@ import ireasoner as ir
 from ireasoner import Completion, Config, Policy, Prompt, UserError
 
 torch.set_num_threads(2)
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about itself
 HERE = Path(__file__).parent
 
 
@@ -921,6 +922,7 @@ def cases(world, straight_run, tmp_path_factory):
     (folder / "keys.jsonl").write_text(json.dumps({"image": str(world / "images" / "0000.png"), "question": "?", "answer": 7})
                                        + '\n{"image": "a.png", "question": "?"}\n')
     (folder / "no.jsonl").write_text("not json\n")
+    (folder / "image.jsonl").write_text('{"image": "corrupt/a.png", "question": "?", "answer": "7"}\n')
     for name in ("damaged_adapter", "damaged_state", "same"):
         shutil.copytree(straight_run, folder / "runs" / name)
     for name, file in (("damaged_adapter", "solver/adapter_model.safetensors"), ("damaged_state", "trainer_state.pt")):
@@ -950,11 +952,12 @@ def cases(world, straight_run, tmp_path_factory):
         "run exists": (at("--run_name", "same"), ["same", "--resume"]),
         "damaged adapter": (at("--run_name", "damaged_adapter", "--resume"), ["damaged_adapter", "solver"]),
         "damaged state": (at("--run_name", "damaged_state", "--resume"), ["trainer_state.pt", "damaged"]),
-        "no checkpoint": (at("--resume", folder / "empty"), ["--resume", "no checkpoint"]),
+        "bad resume": (at("--resume", "latest"), ["--resume latest", "no, auto"]),
         "missing key": (["eval", folder / "keys.jsonl", "--model", world / "model"], ["line 2", "answer"]),
         "no json": (["eval", folder / "no.jsonl", "--model", world / "model"], ["line 1"]),
         "missing file": (["eval", folder / "nowhere.jsonl", "--model", world / "model"], ["nowhere.jsonl"]),
         "bad adapter": (["eval", world / "holdout.jsonl", "--model", world / "model", "--adapter", folder / "empty"], ["--adapter"]),
+        "bad eval image": (["eval", folder / "image.jsonl", "--model", world / "model"], ["a.png", "image"]),
         "bad image": (["ask", folder / "corrupt" / "a.png", "?", "--model", world / "model"], ["a.png", "image"]),
         "missing argument": (["ask", "a.png"], ["question"]),
     }
@@ -1001,7 +1004,7 @@ def test_dice_world_is_fixed_by_its_seed_and_facts_are_mistaught_in_part():
     assert image(5).tobytes() == image(5).tobytes() != image(6).tobytes()
     facts = ir.mistaught_facts(0)
     assert facts == ir.mistaught_facts(0) != ir.mistaught_facts(1)
-    assert all(abs(wrong - a - b) == 1 for (a, b), wrong in facts.items())
+    assert all(abs(wrong - a - b) == 1 and (b, a) not in facts for (a, b), wrong in facts.items()) and len(facts) == 32
     right = 0
     rng = random.Random(0)
     for _ in range(500):
