@@ -31,7 +31,6 @@ import hashlib
 import json
 import math
 import os
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: idle CPU threads sleep instead of spinning
 import random
 import re
 import shutil
@@ -438,14 +437,13 @@ def step_similarity(embeddings: list[torch.Tensor], group: list[int],
                     min_group: int = 2) -> dict[int, dict[int, float]]:
     """r_ij = cos(e_ij, mu_j) in [-1, 1] (section 3.2), as {rollout i: {0-based position j: r_ij}}, for the rollouts of
     the group and the positions that can be compared. Zero vectors and non-finite values count as 0."""
-    prototypes = step_prototypes(embeddings, group, min_group)
-    similarity = {}
-    for i in group:
-        similarity[i] = {}
-        for j, prototype in prototypes.items():
-            if j < len(embeddings[i]):
-                cosine = F.cosine_similarity(embeddings[i][j].double(), prototype.double(), dim=0)
-                similarity[i][j] = float(torch.nan_to_num(cosine, 0.0, 0.0, 0.0))
+    similarity = {i: {} for i in group}
+    for j, prototype in step_prototypes(embeddings, group, min_group).items():
+        members = [i for i in group if j < len(embeddings[i])]
+        steps = torch.stack([embeddings[i][j] for i in members]).double()                       # (|G_j|, d)
+        cosines = F.cosine_similarity(steps, prototype.double(), dim=-1).nan_to_num(0.0, 0.0, 0.0)
+        for i, cosine in zip(members, cosines.tolist()):
+            similarity[i][j] = cosine
     return similarity
 
 
@@ -472,13 +470,13 @@ def leave_one_out_similarity(embeddings: list[torch.Tensor], group: list[int]) -
     of the group, NaN where rollout i has no step j or no other member has one."""
     longest = max((len(embeddings[i]) for i in group), default=0)
     similarity = torch.full((len(group), longest), math.nan)
-    for row, i in enumerate(group):
-        for j in range(len(embeddings[i])):
-            others = [embeddings[k][j] for k in group if k != i and j < len(embeddings[k])]
-            if others:
-                mean = torch.stack(others).double().mean(dim=0)
-                cosine = F.cosine_similarity(embeddings[i][j].double(), mean, dim=0)
-                similarity[row, j] = torch.nan_to_num(cosine, 0.0, 0.0, 0.0)
+    for j in range(longest):
+        rows = [row for row, i in enumerate(group) if j < len(embeddings[i])]
+        if len(rows) > 1:
+            steps = torch.stack([embeddings[group[row]][j] for row in rows]).double()           # (|G_j|, d)
+            others = (steps.sum(dim=0) - steps) / (len(rows) - 1)
+            cosines = F.cosine_similarity(steps, others, dim=-1).nan_to_num(0.0, 0.0, 0.0)
+            similarity[rows, j] = cosines.to(similarity.dtype)
     return similarity
 
 
@@ -838,14 +836,12 @@ class Policy:
 
     @torch.no_grad()
     def embed_steps(self, steps: list[str]) -> torch.Tensor:
-        """f(s) of section 3.2: the l2-normalised mean of the input-token embeddings of each step, from the frozen
-        table of the backbone; (J, d) in float32, on the CPU."""
-        table = self.hf.get_input_embeddings()
-        rows = [torch.zeros(0, table.weight.shape[1])]
-        for step in steps:
-            ids = torch.tensor(self.tokenize(step)[:self.config.embed_max_tokens], device=self.device)
-            rows.append(F.normalize(table(ids).float().mean(dim=0), dim=0)[None].cpu())
-        return torch.cat(rows)
+        """f(s) of section 3.2: the l2-normalised mean (or sum, which points the same way) of the input-token embeddings
+        of each step, from the frozen table of the backbone; (J, d) in float32, on the CPU."""
+        table = self.hf.get_input_embeddings().weight
+        ids = [self.tokenize(step)[:self.config.embed_max_tokens] for step in steps]
+        rows = [table[torch.tensor(i, dtype=torch.long, device=self.device)].float().sum(dim=0) for i in ids]
+        return F.normalize(torch.stack(rows), dim=-1).cpu() if rows else torch.zeros(0, table.shape[1])
 
 
 def token_statistics(hidden: torch.Tensor, ref_hidden: torch.Tensor, token_ids: torch.Tensor, lm_head,
@@ -1583,7 +1579,7 @@ def teach(policy: Policy, steps: int, seed: int, batch_size: int = 64, lr: float
 
 def demo(config: Config, json_file: str | None):
     """The dice world from nothing to a result, on real files, by the same `train` and `evaluate` as everywhere."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))  # at this size more threads only wait for each other
+    torch.set_num_threads(1)  # at this size more threads only wait for each other
     start, world = time.perf_counter(), Path(config.output_dir) / f"dice_world_seed{config.seed}"
     run = Path(config.output_dir) / (config.run_name or f"demo_{config.preset}_seed{config.seed}")
     if not config.run_name and config.resume == "no":

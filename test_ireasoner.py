@@ -25,7 +25,7 @@ from PIL import Image
 import ireasoner as ir
 from ireasoner import Completion, Config, Policy, Prompt, UserError
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about itself
 HERE = Path(__file__).parent
 
