@@ -34,24 +34,40 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageOps
+from safetensors import SafetensorError
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 
 class UserError(ValueError):
     """Bad input: the message names the culprit and the remedy. The command line prints it and exits with status 2."""
+    status = 2
+
+
+class TrainingStopped(Exception):
+    """Training cannot or must not go on; the message says why, and what to do. `status` is the exit status."""
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status
 
 
 # ---- Config: one line makes the field, its flag, its --help text, its check and its entry in config.json -
@@ -76,7 +92,7 @@ class Config:
     # the loop
     total_steps: int = setting(2500, "training steps; lambda(t) is a share of them [4.1]", "[1, inf)", True)
     num_rollouts: int = setting(5, "N, Solver rollouts per question [4.1]", "[1, inf)")
-    images_per_rank: int = setting(1, "images (= questions) per step on each rank [4.1]", "[1, inf)")
+    images_per_rank: int = setting(1, "images (= questions) per step on each rank [4.1]", "[1, inf)", True)
     proposer_every: int = setting(5, "steps between Proposer updates [4.1]", "[1, inf)")
     temperature: float = setting(1.0, "sampling temperature, also used for scoring [code]", "(0, inf)")
     max_new_tokens_proposer: int = setting(128, "longest question, tokens [code]", "[1, inf)")
@@ -118,6 +134,9 @@ class Config:
     seed: int = setting(0, "of adapters, data order and sampling [ours]", "[0, inf)")
     save_every: int = setting(50, "steps between checkpoints [ours]", "[1, inf)", True)
     keep_checkpoints: int = setting(3, "newest checkpoints kept [ours]", "[1, inf)", True)
+    keep_best: str = setting("r_sol", "and the one with the best mean of this metric since the checkpoint before; a minus "
+                             "in front: less is better [ours]", ("none", "r_sol", "r_ans", "r_step", "majority_share",
+                                                                 "-entropy", "-kl_solver", "-invalid_share"), True)
     show_every: int = setting(25, "steps between printed rollout groups, 0 for none [ours]", "[0, inf)", True)
 
     def __init__(self, **given):
@@ -599,6 +618,36 @@ class Prefill:
     hidden: torch.Tensor          # (B, d) hidden state that predicts the first completion token
 
 
+class Clock:
+    """Adds up the wall time spent in named phases; inside a nested phase the outer one's clock stands still."""
+
+    def __init__(self):
+        self.seconds, self.current, self.since = Counter(), "other", time.perf_counter()
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        outer = self.switch(name)
+        try:
+            yield
+        finally:
+            self.switch(outer)
+
+    def switch(self, name: str) -> str:
+        """Books the time since the last switch to the phase that ends; returns that phase's name."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now, outer = time.perf_counter(), self.current
+        self.seconds[outer] += now - self.since
+        self.current, self.since = name, now
+        return outer
+
+    def lap(self) -> dict[str, float]:
+        """Seconds in each phase since the last lap."""
+        self.switch(self.current)
+        seconds, self.seconds = dict(self.seconds), Counter()
+        return seconds
+
+
 class Policy:
     """A vision-language model with the adapters "solver" and "proposer" on one frozen backbone.
 
@@ -619,7 +668,7 @@ class Policy:
         self.peft.add_adapter("proposer", dataclasses.replace(lora))
         for peft_config in self.peft.peft_config.values():
             peft_config.base_model_name_or_path = config.model
-        self.hf = hf
+        self.hf, self.clock = hf, Clock()
         self.image_token_id = hf.config.image_token_id
         eos = hf.generation_config.eos_token_id
         self.stop_ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
@@ -792,47 +841,40 @@ class Policy:
     def score(self, role: str | None, prompt: Prompt, completions: list[Completion],
               temperature: float = 1.0) -> Scores:
         """Log-probabilities of sampled completions, conditioned on the image, and their KL to the reference."""
-        return self.score_batch(role, [prompt], [completions], temperature)[0]
-
-    def score_batch(self, role: str | None, prompts: list[Prompt], completions: list[list[Completion]],
-                    temperature: float = 1.0) -> list[Scores]:
-        """`score` for several prompts at once, completions[b] being those of prompts[b]."""
-        prompts = self.with_features(prompts)
-        with torch.no_grad(), self.adapter(None):
-            ref_hidden, token_ids = self.completion_hidden(prompts, completions)
+        prompt = self.with_features([prompt])[0]
+        token_ids = torch.tensor([t for c in completions for t in c.token_ids], device=self.device)           # (M,)
+        with self.clock.phase("reference"), torch.no_grad(), self.adapter(None):
+            ref_hidden = self.completion_hidden(prompt, completions)                                        # (M, d)
         hidden = ref_hidden
         if role is not None:
             with self.adapter(role):
-                hidden, _ = self.completion_hidden(prompts, completions)
+                hidden = self.completion_hidden(prompt, completions)                                        # (M, d)
         pieces = []
         for h, r, ids in zip(hidden.split(512), ref_hidden.split(512), token_ids.split(512)):  # bounds the logits
             # and frees them: the backward pass computes each chunk again
             pieces.append(checkpoint(token_statistics, h, r, ids, self.hf.lm_head, temperature, use_reentrant=False)
                           if h.requires_grad else token_statistics(h, r, ids, self.hf.lm_head, temperature))
-        logprobs, kl = (torch.cat(column) for column in zip(*pieces))
-        sizes = [[len(c.token_ids) for c in group] for group in completions]
-        logprobs, kl = (iter(t.split([n for group in sizes for n in group])) for t in (logprobs, kl))
-        return [Scores([next(logprobs) for _ in group], [next(kl) for _ in group]) for group in sizes]
+        lengths = [len(c.token_ids) for c in completions]
+        return Scores(*(list(torch.cat(column).split(lengths)) for column in zip(*pieces)))
 
-    def completion_hidden(self, prompts: list[Prompt], completions: list[list[Completion]]):
-        """Hidden states that predict the completion tokens, and these tokens: (M, d) and (M,), M tokens in all.
+    def completion_hidden(self, prompt: Prompt, completions: list[Completion]) -> torch.Tensor:
+        """Hidden states that predict the completions' tokens: (M, d), M tokens in all.
 
-        Every prompt is prefilled once and its cache shared by its completions, with gradients: P + N R tokens go
+        The prompt is prefilled once and its cache shared by the N completions, with gradients: P + N R tokens go
         through the model instead of N (P + R).
         """
-        rows = [c.token_ids for group in completions for c in group]
-        owner = torch.tensor([b for b, group in enumerate(completions) for _ in group], device=self.device)   # (rows,)
-        longest = max(map(len, rows))
-        ids = torch.tensor([r + [0] * (longest - len(r)) for r in rows], device=self.device)               # (rows, R)
-        valid = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows], device=self.device)  # (rows, R)
-        prefill = self.prefill(prompts)
-        hidden = prefill.hidden[owner, None]                                                            # (rows, 1, d)
+        n, longest = len(completions), max(len(c.token_ids) for c in completions)
+        ids = torch.tensor([c.token_ids + [0] * (longest - len(c.token_ids)) for c in completions], device=self.device)
+        lengths = torch.tensor([len(c.token_ids) for c in completions], device=self.device)
+        valid = torch.arange(longest, device=self.device) < lengths[:, None]                                # (N, R)
+        prefill = self.prefill([prompt])
+        hidden = prefill.hidden.expand(n, -1)[:, None]                                                      # (N, 1, d)
         if longest > 1:
-            prefill.cache.batch_select_indices(owner)
-            mask = torch.cat([prefill.mask[owner], valid[:, :-1]], dim=1)
-            rest = self.extend(prefill.cache, mask, ids[:, :-1], prefill.next_position[owner])
-            hidden = torch.cat([hidden, rest], dim=1)                                                   # (rows, R, d)
-        return hidden[valid.bool()], ids[valid.bool()]
+            prefill.cache.batch_repeat_interleave(n)
+            mask = torch.cat([prefill.mask.expand(n, -1), valid[:, :-1]], dim=1)
+            rest = self.extend(prefill.cache, mask, ids[:, :-1], prefill.next_position.expand(n))
+            hidden = torch.cat([hidden, rest], dim=1)                                                       # (N, R, d)
+        return hidden[valid]
 
     @torch.no_grad()
     def embed_steps(self, steps: list[str]) -> torch.Tensor:
@@ -887,7 +929,6 @@ def check_model(config: Config):
 def load_backbone(config: Config, device: torch.device):
     """(model, tokenizer, image processor) of a checkpoint, the model frozen."""
     import transformers
-    from safetensors import SafetensorError
     check_model(config)
     dtype = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
     try:
@@ -935,23 +976,21 @@ def adapt_kl_coef(beta: float, kl: float, target: float = 0.02, rate: float = 0.
 
 
 class RoleLoss(torch.nn.Module):
-    """Eq 7 for one role and a few images, as the module that DistributedDataParallel wraps."""
+    """Eq 7 for one role, as the module that DistributedDataParallel wraps."""
 
     def __init__(self, policy: Policy, role: str):
         super().__init__()
         self.hf, self.policy, self.role = policy.hf, policy, role
 
-    def forward(self, prompts, completions, advantages, beta):
-        """Sums over the rollouts: the loss, and the KL per token for the log."""
-        if not prompts:  # this rank has nothing to learn from, yet takes part in the gradient average
+    def forward(self, prompt: Prompt | None, completions, advantages, beta):
+        """Sums over the rollouts of one image: the loss, and the KL per token for the log."""
+        if prompt is None:  # this rank has nothing to learn from, yet takes part in the gradient average
             zero = sum(p.sum() for p in self.policy.parameters(self.role)) * 0.0
             return zero, zero.detach()
         config = self.policy.config
-        scores = self.policy.score_batch(self.role, prompts, completions, config.temperature)
-        logprobs = [t for s in scores for t in s.logprobs]
-        kl = [t for s in scores for t in s.kl]
-        loss = reinforce_loss(logprobs, kl, advantages, beta, config.logprob_reduction)
-        return loss * len(kl), torch.stack([t.detach().mean() for t in kl]).sum()
+        scores = self.policy.score(self.role, prompt, completions, config.temperature)
+        loss = reinforce_loss(scores.logprobs, scores.kl, advantages, beta, config.logprob_reduction)
+        return loss * len(completions), torch.stack([kl.detach().mean() for kl in scores.kl]).sum()
 
 
 class Learner:
@@ -959,7 +998,7 @@ class Learner:
 
     def __init__(self, policy: Policy, role: str):
         config = policy.config
-        self.policy, self.role, self.beta, self.baseline = policy, role, config.kl_coef, None
+        self.policy, self.role, self.beta, self.baseline, self.skips_in_a_row = policy, role, config.kl_coef, None, 0
         self.parameters = policy.parameters(role)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
         self.loss = RoleLoss(policy, role)
@@ -969,7 +1008,11 @@ class Learner:
                                                                       init_sync=False)
 
     def update(self, prompts: list[Prompt], completions: list[list[Completion]], rewards: list[list[float]]) -> dict:
-        """One optimizer step over all rollouts of all ranks (Eq 7), then the baseline and beta (Eq 8)."""
+        """One optimizer step over all rollouts of all ranks (Eq 7), then the baseline and beta (Eq 8).
+
+        If a loss or gradient of any rank is not finite, neither are the sums that all ranks share: all of them skip
+        this update together, and the fifth skip in a row raises TrainingStopped.
+        """
         config = self.policy.config
         flat = [r for group in rewards for r in group]
         count, reward_sum = all_sum(len(flat), sum(flat))
@@ -977,20 +1020,28 @@ class Learner:
             return {}
         baseline = reward_sum / count if self.baseline is None else self.baseline
         self.optimizer.zero_grad(set_to_none=True)
-        batches = micro_batches(prompts, completions, config.score_tokens)
+        passes = gradient_passes(prompts, completions, rewards, config.score_tokens) or [(None, [], [])]
         kl_sum = 0.0
-        with self.policy.adapter(self.role):
-            for i, batch in enumerate(batches):
-                last = i + 1 == len(batches)  # ranks exchange gradients once, in the last backward pass
+        with self.policy.adapter(self.role), self.policy.clock.phase("gradient"):
+            for i, (prompt, group, group_rewards) in enumerate(passes):
+                last = i + 1 == len(passes)  # ranks exchange gradients once, in the last backward pass
                 with contextlib.nullcontext() if last or world_size() == 1 else self.loss.no_sync():
-                    loss, kl = self.loss([prompts[b] for b in batch], [completions[b] for b in batch],
-                                         [r - baseline for b in batch for r in rewards[b]], self.beta)
+                    loss, kl = self.loss(prompt, group, [r - baseline for r in group_rewards], self.beta)
                     (loss * world_size() / count).backward()  # DDP divides by the world size
                 kl_sum += kl.item()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip).item()
-        self.optimizer.step()
         kl = all_sum(kl_sum)[0] / count
-        stats = {"kl": kl, "beta": self.beta, "baseline": baseline, "grad_norm": grad_norm}
+        stats = {"kl": kl, "beta": self.beta, "baseline": baseline, "grad_norm": grad_norm, "skipped": 0}
+        if not (math.isfinite(grad_norm) and math.isfinite(kl)):
+            self.skips_in_a_row += 1
+            if self.skips_in_a_row == 5:
+                raise TrainingStopped(f"the {self.role}'s loss or gradient was not finite in 5 updates in a row (gradient "
+                                      f"norm {grad_norm}, KL {kl}). Look at kl_{self.role} and grad_norm_{self.role} in "
+                                      "metrics.jsonl before it; lower --lr, or try --dtype float32.")
+            return {**stats, "skipped": 1}
+        self.skips_in_a_row = 0
+        with self.policy.clock.phase("optimizer"):
+            self.optimizer.step()
         self.baseline = update_baseline(baseline, reward_sum / count, config.baseline_momentum)
         self.beta = adapt_kl_coef(self.beta, kl, config.kl_target, config.kl_adapt_rate, config.kl_coef_min,
                                   config.kl_coef_max)
@@ -1004,14 +1055,16 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def micro_batches(prompts: list[Prompt], completions: list[list[Completion]], max_tokens: int) -> list[range]:
-    """Ranges of prompts such that a gradient pass over one holds at most `max_tokens` padded tokens, or one prompt."""
-    if not prompts:
-        return [range(0)]
-    prompt = max(len(p.image.features) + len(p.text) for p in prompts)  # characters: no fewer than the text's tokens
-    replies = max(len(group) * max(len(c.token_ids) for c in group) for group in completions)
-    size = max(1, max_tokens // (prompt + replies))
-    return [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
+def gradient_passes(prompts: list[Prompt], completions: list[list[Completion]], rewards: list[list[float]],
+                    max_tokens: int) -> list[tuple[Prompt, list[Completion], list[float]]]:
+    """One image a pass, so that no number depends on which images share a rank, and of its rollouts as many as fit with
+    the prompt into `max_tokens`, but at least one."""
+    passes = []
+    for prompt, group, group_rewards in zip(prompts, completions, rewards):
+        room = max_tokens - len(prompt.image.features) - len(prompt.text)  # characters: no fewer than the text's tokens
+        size = max(1, room // max(len(c.token_ids) for c in group))
+        passes += [(prompt, group[i:i + size], group_rewards[i:i + size]) for i in range(0, len(group), size)]
+    return passes
 
 
 # ---- Ranks: torchrun starts one process a GPU; every printed or decided number is global -----------------------------
@@ -1035,7 +1088,47 @@ def join_ranks(device: torch.device):
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        patience = timedelta(minutes=10)  # how long a rank may keep the others waiting
+        store, number, size = next(rendezvous("env://", timeout=patience))
+        # torchrun keeps its store over a restart: without a prefix the ranks would look for the dead ones' addresses
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=number,
+                                world_size=size, timeout=patience)
+
+
+@contextlib.contextmanager
+def rank_failures():
+    """Turns the error that a collective raises when another rank has died into one line. torchrun then ends the ranks
+    that still run, and with --max-restarts starts all of them again."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() > 1 and (isinstance(error, dist.DistError) or re.search("gloo|nccl|socket", str(error), re.I)):
+            raise TrainingStopped(f"rank {rank()} lost another rank ({str(error).splitlines()[0][:120]}). The first error "
+                                  "above says why. Add --resume to continue from the newest checkpoint.") from error
+        raise
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Inside the block SIGTERM and SIGINT (a scheduler's preemption, Ctrl-C) only add their number to the list that it
+    gives, so that the step in flight can be finished and saved; the third one kills. torchrun sends each on once."""
+    caught, before = [], {}
+
+    def note(number, frame):
+        caught.append(number)
+        if len(caught) == 1 and rank() == 0:  # os.write, since print may be what the signal interrupts
+            os.write(2, b"stopping after the step in flight, which will be saved\n")
+        if len(caught) == 3:
+            os._exit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def all_sum(*values: float) -> list[float]:
@@ -1044,6 +1137,15 @@ def all_sum(*values: float) -> list[float]:
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.tolist()
+
+
+def gather(value) -> list:
+    """The value of every rank, in order of rank, on rank 0; an empty list elsewhere."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
 
 
 def all_means(values: dict[str, list[float]]) -> dict[str, float | None]:
@@ -1115,9 +1217,10 @@ class ImageStream:
     def __init__(self, paths: list[Path], seed: int):
         self.paths, self.seed, self.epoch, self.order, self.unreadable = paths, seed, None, [], set()
 
-    def __getitem__(self, slot: int) -> tuple[Path, Image.Image]:
+    def __getitem__(self, slot: int) -> tuple[Path, Image.Image, int]:
         """Image number `slot` of the whole run, counted over all steps and ranks. An unreadable file is skipped with
-        one warning: the next readable one of its epoch stands in, the same on any number of ranks."""
+        one warning: the next readable one of its epoch stands in, the same on any number of ranks. The last value is
+        how many were skipped."""
         epoch, start = divmod(slot, len(self.paths))
         if epoch != self.epoch:
             self.epoch, self.order = epoch, list(range(len(self.paths)))
@@ -1126,7 +1229,7 @@ class ImageStream:
             path = self.paths[self.order[(start + offset) % len(self.paths)]]
             if path not in self.unreadable:
                 try:
-                    return path, load_image(path)
+                    return path, load_image(path), offset
                 except Exception as error:  # decoders raise anything on damaged files
                     self.unreadable.add(path)
                     print(f"warning: skipping unreadable image {path} ({type(error).__name__}: {error})",
@@ -1136,82 +1239,149 @@ class ImageStream:
 
 # ---- Run folder: config.json, metrics.jsonl, rollouts.jsonl, step_*/ -------------------------------------------------
 
-def open_run(config: Config) -> tuple[Path, Path | None]:
-    """The run folder and the checkpoint to resume from, or None for a fresh start. Changes nothing.
+def run_folder(config: Config) -> Path:
+    """Where a run with these settings is kept."""
+    return Path(config.output_dir) / (config.run_name or f"{config.preset}_seed{config.seed}")
+
+
+def resuming(config: Config) -> bool:
+    """Whether to continue what the run folder holds: asked for, or restarted by torchrun --max-restarts."""
+    return config.resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+@contextlib.contextmanager
+def only_run_in(run: Path):
+    """Makes the run folder and holds it for this run, as long as the process lives: a second run is refused."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run / ".lock", blocking=False)
+        if rank() == 0:
+            lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{run}: another run is writing there now. Wait for it, or choose another --run_name.") from error
+    except OSError as error:
+        raise UserError(f"{run}: cannot be written ({error.strerror}). Choose another --output_dir or --run_name."
+                        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def open_run(run: Path, config: Config) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh start. Changes nothing.
 
     Raises UserError if the folder holds a run that must not be touched: one with other settings, or one that
     `--resume` was not asked to continue.
     """
-    run = Path(config.output_dir) / (config.run_name or f"{config.preset}_seed{config.seed}")
-    saved = {}
-    if (run / "config.json").exists():
-        try:
-            saved = json.loads((run / "config.json").read_text())
-        except ValueError as error:
-            raise UserError(f"{run / 'config.json'}: damaged ({error}). Choose another --run_name.") from error
-        different = [f"--{f.name} {saved.get(f.name)!r} there, {getattr(config, f.name)!r} here"
-                     for f in dataclasses.fields(config)
-                     if not f.metadata["resumable"] and saved.get(f.name) != getattr(config, f.name)]
-        if different:
-            raise UserError(f"{run}: holds a run with other settings ({'; '.join(different)}). "
-                            "Choose another --run_name.")
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise UserError(f"{run}: is in the way and no run folder. Choose another --run_name.")
-    if saved and config.resume == "no":
+    if not (run / "config.json").exists():
+        if not all(p.name.startswith(".") for p in run.iterdir()):
+            raise UserError(f"{run}: is in the way and no run folder. Choose another --run_name.")
+        return None
+    try:
+        saved = json.loads((run / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{run / 'config.json'}: damaged ({error}). Choose another --run_name.") from error
+    different = [f"--{f.name} {saved.get(f.name)!r} there, {getattr(config, f.name)!r} here"
+                 for f in dataclasses.fields(config)
+                 if not f.metadata["resumable"] and saved.get(f.name) != getattr(config, f.name)]
+    if different:
+        raise UserError(f"{run}: holds a run with other settings ({'; '.join(different)}). Choose another --run_name.")
+    if not resuming(config):
         raise UserError(f"{run}: holds a run already. Add --resume to continue it, or choose another --run_name.")
-    return run, (list_checkpoints(run) or [None])[-1]
+    return (list_checkpoints(run) or [None])[-1]
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first. A half-written one still has its temporary name."""
+    """Complete checkpoints of a run, oldest first. One that is half written, or half deleted, has another name."""
     return sorted((p for p in run.glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
 
 
 def start_run(run: Path, config: Config, last_step: int):
-    """Makes the run folder, or cuts its logs back to the step from which the run continues."""
-    run.mkdir(parents=True, exist_ok=True)
+    """Writes the settings, cuts the logs back to the step from which the run continues, and removes leftovers."""
+    write_atomically(run / "config.json", [json.dumps(dataclasses.asdict(config), indent=2) + "\n"])
     for name in ("metrics.jsonl", "rollouts.jsonl"):
-        kept = []
-        if (run / name).exists():
-            for line in (run / name).read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # a line torn by a crash
-                    if json.loads(line)["step"] <= last_step:
-                        kept.append(line + "\n")
-        write_atomically(run / name, "".join(kept))
-    write_atomically(run / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        kept = (row for row in read_jsonl(run / name) if row["step"] <= last_step)
+        write_atomically(run / name, (json.dumps(row) + "\n" for row in kept))
+    for part in run.glob(".step_*.part"):
+        shutil.rmtree(part)
 
 
-def write_atomically(path: Path, text: str):
+def write_atomically(path: Path, lines: Iterable[str]):
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    with open(part, "w", encoding="utf-8") as file:
+        file.writelines(lines)
     os.replace(part, path)
 
 
-def save_checkpoint(run: Path, step: int, policy: Policy, learners: dict[str, Learner], keep: int):
-    """Writes run/step_NNNNNN under a temporary name, then renames it, so that a folder of that name is complete."""
-    part = run / f".step_{step:06d}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    policy.save(part)
-    torch.save({"step": step, **{role: learner.state_dict() for role, learner in learners.items()}},
-               part / "trainer_state.pt")
-    for file in [p for p in part.rglob("*") if p.is_file()]:
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    os.rename(part, run / f"step_{step:06d}")
-    for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+def read_jsonl(path: Path) -> Iterator[dict]:
+    """The rows of a run's log. A line that a crash has torn is left out; a missing file has no rows."""
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", newline="\n") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                yield json.loads(line)
 
 
-def load_checkpoint(folder: Path, policy: Policy, learners: dict[str, Learner]) -> int:
-    """Restores both adapters and the trainer state; returns the step. Nothing is unpickled but tensors and numbers."""
+def append_jsonl(path: Path, rows: list[dict]):
+    """Appends all rows or, with a warning, none: half a row would spoil the next one as well."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:
+        print(f"warning: {path}: {len(rows)} rows are lost ({error.strerror})", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+
+
+def save_checkpoint(run: Path, step: int, images: int, policy: Policy, learners: dict[str, Learner]) -> str | None:
+    """Writes run/step_NNNNNN under a temporary name and then renames it, so that a folder of that name is complete;
+    then deletes the checkpoints that need not be kept. Returns None, or why nothing could be written."""
+    config, part, folder = policy.config, run / f".step_{step:06d}.part", run / f"step_{step:06d}"
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        policy.save(part)
+        torch.save({"step": step, "images": images, **{role: learner.state_dict() for role, learner in learners.items()}},
+                   part / "trainer_state.pt")
+        for file in [p for p in part.rglob("*") if p.is_file()]:
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        os.rename(part, folder)
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch.save's word for a full disk
+        shutil.rmtree(part, ignore_errors=True)
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        print(f"WARNING: THE CHECKPOINT OF STEP {step} COULD NOT BE SAVED ({reason}). Training goes on; older checkpoints in "
+              f"{run} are intact. Make room there.", file=sys.stderr, flush=True)
+        return reason
+    for old in set(list_checkpoints(run)[:-config.keep_checkpoints]) - {best_checkpoint(run, config)}:
+        shutil.rmtree(old.rename(run / f".{old.name}.part"), ignore_errors=True)
+    return None
+
+
+def best_checkpoint(run: Path, config: Config) -> Path | None:
+    """The checkpoint with the best mean of the metric `keep_best` over the `save_every` steps before it, or None."""
+    name, sign, best = config.keep_best.lstrip("-"), -1 if config.keep_best[0] == "-" else 1, (-math.inf, None)
+    metric = {row["step"]: row.get(name) for row in read_jsonl(run / "metrics.jsonl")}
+    for folder in list_checkpoints(run):
+        step = int(folder.name[5:])
+        values = [metric.get(s) for s in range(max(step - config.save_every, 0) + 1, step + 1)]
+        values = [sign * value for value in values if value is not None]
+        if values and sum(values) / len(values) > best[0]:
+            best = sum(values) / len(values), folder
+    return best[1]
+
+
+def load_checkpoint(folder: Path, policy: Policy, learners: dict[str, Learner]) -> tuple[int, int]:
+    """Restores both adapters and the trainer state; returns the step and the number of images seen. Nothing is unpickled
+    but tensors and numbers. Raises UserError if the checkpoint is damaged, or not one of ours."""
     for role in ROLES:
         policy.load(role, folder / role)
     try:
         state = torch.load(folder / "trainer_state.pt", map_location=policy.device, weights_only=True)
         for role, learner in learners.items():
             learner.load_state_dict(state[role])
-        return state["step"]
+        return int(state["step"]), int(state["images"])
     except Exception as error:  # a damaged file makes torch raise anything
         raise UserError(f"{folder / 'trainer_state.pt'}: damaged ({type(error).__name__}). Delete {folder} to resume "
                         "from the checkpoint before it.") from error
@@ -1227,6 +1397,7 @@ class Episode:
     image: EncodedImage
     proposal: Completion
     question: str | None                        # None: the proposal holds no question, and the Solver rests
+    skipped_files: int = 0                      # unreadable ones, on the way to this image
     completions: list[Completion] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
     rewards: GroupRewards | None = None
@@ -1242,26 +1413,29 @@ def train(config: Config) -> Path:
     device = resolve_device(config.device)
     stream = ImageStream(list_images(config.data), config.seed)
     stream[0]  # at least one image must be readable, known before the model loads
-    run, checkpoint_folder = open_run(config)
     check_model(config)
     join_ranks(device)
-    policy = Policy(config)
-    learners = {role: Learner(policy, role) for role in ROLES}
-    done = load_checkpoint(checkpoint_folder, policy, learners) if checkpoint_folder else 0
-    log = Log(run, config, done, len(stream.paths))
+    run, step, images = run_folder(config), 0, 0
+    with only_run_in(run), rank_failures(), stop_signals() as signals:
+        checkpoint_folder = open_run(run, config)
+        policy = Policy(config)
+        clock, learners = policy.clock, {role: Learner(policy, role) for role in ROLES}
+        if checkpoint_folder:
+            step, images = load_checkpoint(checkpoint_folder, policy, learners)
+        log, unsaved = Log(run, config, policy.clock, step, len(stream.paths)), None
 
-    for step in range(done + 1, config.total_steps + 1):
-        torch.manual_seed(derive_seed(config.seed, step, rank()))  # for LoRA dropout; sampling has keys of its own
-        lam = config.lambda_max if config.lambda_schedule == "constant" else step_reward_weight(
-            step, config.total_steps, config.lambda_max, config.warmup_frac)
-        with log.phase("propose"):
-            episodes = propose(policy, stream, step)
-        with log.phase("solve"):
-            asked = solve(policy, episodes, step)
-        with log.phase("reward"):
-            for e in asked:
-                e.rewards = group_rewards(e.rollouts, [policy.embed_steps(r.steps) for r in e.rollouts], lam, config)
-        with log.phase("update"):
+        while step < config.total_steps:
+            step += 1
+            torch.manual_seed(derive_seed(config.seed, step, rank()))  # for LoRA dropout; sampling has its own keys
+            lam = config.lambda_max if config.lambda_schedule == "constant" else step_reward_weight(
+                step, config.total_steps, config.lambda_max, config.warmup_frac)
+            with clock.phase("propose"):
+                episodes = propose(policy, stream, step, images)
+            with clock.phase("solve"):
+                asked = solve(policy, episodes, step)
+            with clock.phase("reward"):
+                for e in asked:
+                    e.rewards = group_rewards(e.rollouts, [policy.embed_steps(r.steps) for r in e.rollouts], lam, config)
             stats = {"solver": learners["solver"].update(
                 [Prompt(e.image, solver_prompt(e.question)) for e in asked], [e.completions for e in asked],
                 [e.rewards.r_sol for e in asked])}
@@ -1269,25 +1443,33 @@ def train(config: Config) -> Path:
                 stats["proposer"] = learners["proposer"].update(
                     [Prompt(e.image, proposer_prompt()) for e in episodes], [[e.proposal] for e in episodes],
                     [[e.r_prop] for e in episodes])
-        log.step(step, episodes, lam, stats, len(stream.unreadable))
-        if rank() == 0 and (step % config.save_every == 0 or step == config.total_steps):
-            save_checkpoint(run, step, policy, learners, config.keep_checkpoints)
-    say(f"done: {run}/step_{config.total_steps:06d} holds both adapters")
+            images += world_size() * config.images_per_rank
+            log.step(step, episodes, lam, stats)
+            stop = all_sum(len(signals))[0] > 0  # a signal to any rank stops all of them after the same step
+            if rank() == 0 and (stop or step % config.save_every == 0 or step == config.total_steps):
+                unsaved = save_checkpoint(run, step, images, policy, learners)
+            if stop and step < config.total_steps:
+                saved = f"could not be saved ({unsaved})" if unsaved else "is saved. Add --resume to go on"
+                raise TrainingStopped(f"{run}: stopped by a signal after step {step}, which {saved}." if rank() == 0 else "",
+                                      128 + (signals or [signal.SIGTERM])[0])
+    if unsaved:
+        raise TrainingStopped(f"{run}: training is done, but its last checkpoint could not be saved ({unsaved}). Make room "
+                              "and add --resume to repeat the steps since the newest checkpoint.")
+    say(f"done: {run}/step_{step:06d} holds both adapters")
     return run
 
 
-def propose(policy: Policy, stream: ImageStream, step: int) -> list[Episode]:
+def propose(policy: Policy, stream: ImageStream, step: int, first_image: int) -> list[Episode]:
     """This rank's share of the step's images, each with one proposed question."""
     config = policy.config
-    first = rank() * config.images_per_rank
-    slots = range(first, first + config.images_per_rank)
-    loaded = [stream[(step - 1) * world_size() * config.images_per_rank + slot] for slot in slots]
-    encoded = policy.encode_images([image for _, image in loaded])
+    slots = range(rank() * config.images_per_rank, (rank() + 1) * config.images_per_rank)
+    loaded = [stream[first_image + slot] for slot in slots]
+    encoded = policy.encode_images([image for _, image, _ in loaded])
     proposals = policy.sample("proposer", [Prompt(image, proposer_prompt()) for image in encoded], 1,
                               config.max_new_tokens_proposer, config.temperature,
                               [derive_seed(config.seed, step, slot, "proposer") for slot in slots])
-    return [Episode(slot, path, image, proposal, parse_question(proposal.text))
-            for slot, (path, _), image, (proposal,) in zip(slots, loaded, encoded, proposals)]
+    return [Episode(slot, path, image, proposal, parse_question(proposal.text), skipped)
+            for slot, (path, _, skipped), image, (proposal,) in zip(slots, loaded, encoded, proposals)]
 
 
 def solve(policy: Policy, episodes: list[Episode], step: int) -> list[Episode]:
@@ -1304,31 +1486,23 @@ def solve(policy: Policy, episodes: list[Episode], step: int) -> list[Episode]:
 
 
 class Log:
-    """Times the phases of a step, prints one line a step, and writes metrics.jsonl and rollouts.jsonl (rank 0)."""
+    """Prints one line a step and writes metrics.jsonl and rollouts.jsonl (rank 0)."""
 
     COLUMNS = (  # heading, key of metrics.jsonl, format
         ("H nats", "entropy", "6.2f"), ("maj", "group_size", "4.1f"), ("bad", "invalid_share", "4.0%"),
         ("r_ans", "r_ans", "5.2f"), ("r_step", "r_step", "6.2f"), ("lam", "lambda", "4.2f"), ("r_sol", "r_sol", "5.2f"),
         ("r_prop", "r_prop", "6.2f"), ("KL nats/tok", "kl_solver", "11.4f"), ("beta", "beta_solver", "7.4f"))
 
-    def __init__(self, run: Path, config: Config, last_step: int, num_images: int):
-        self.run, self.config, self.seconds, self.elapsed = run, config, {}, []
+    def __init__(self, run: Path, config: Config, clock: Clock, last_step: int, num_images: int):
+        self.run, self.config, self.clock, self.elapsed = run, config, clock, []
+        clock.lap()
         if rank() == 0:
             start_run(run, config, last_step)
         say(f"{num_images} images, {config.images_per_rank * world_size()} a step on {world_size()} rank(s); "
             f"preset {config.preset}; model {config.model}; run folder {run}"
             + f"; resumed after step {last_step}" * bool(last_step))
 
-    @contextlib.contextmanager
-    def phase(self, name: str):
-        """Adds the wall time of the block to a phase of the current step."""
-        start = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def step(self, step: int, episodes: list[Episode], lam: float, stats: dict, unreadable: int):
+    def step(self, step: int, episodes: list[Episode], lam: float, stats: dict):
         """Reduces the step's numbers over all ranks, prints them and appends them to the run's files."""
         asked = [e for e in episodes if e.rewards]
         groups = [e.rewards for e in asked]
@@ -1348,15 +1522,17 @@ class Log:
             "unfinished_share": [float(not c.finished) for e in asked for c in e.completions],
             "no_question_share": [float(e.question is None) for e in episodes]}), "lambda": lam}
         for role in ROLES:
-            for name in ("kl", "beta", "baseline", "grad_norm"):
-                row[f"{name}_{role}"] = stats.get(role, {}).get(name)
+            for name in ("kl", "beta", "baseline", "grad_norm", "skipped"):
+                value = stats.get(role, {}).get(name)
+                row[f"{name}_{role}"] = value if value is None or math.isfinite(value) else None  # JSON has no NaN
         tokens = sum(len(c.token_ids) for e in episodes for c in [e.proposal, *e.completions])
-        row["tokens"], row["unreadable_images"] = map(int, all_sum(tokens, unreadable))
-        row["seconds"] = {name: round(s, 4) for name, s in self.seconds.items()}
-        self.elapsed, self.seconds = [*self.elapsed[-19:], sum(self.seconds.values())], {}
+        row["tokens"], row["unreadable_images"] = map(int, all_sum(tokens, sum(e.skipped_files for e in episodes)))
+        episode_rows = [row for rows in gather([episode_row(step, e) for e in episodes]) for row in rows]
+        row["seconds"] = {name: round(s, 4) for name, s in self.clock.lap().items()}
+        self.elapsed = [*self.elapsed[-19:], sum(row["seconds"].values())]
         if rank() == 0:
             append_jsonl(self.run / "metrics.jsonl", [row])
-            append_jsonl(self.run / "rollouts.jsonl", [episode_row(step, e) for e in episodes])
+            append_jsonl(self.run / "rollouts.jsonl", episode_rows)
             self.print_row(row)
             if asked and self.config.show_every and step % self.config.show_every == 0:
                 print(format_episode(asked[0]), flush=True)
@@ -1373,11 +1549,6 @@ class Log:
         print(f"{row['step']:5d}/{self.config.total_steps:<5d}", *cells, f"{self.elapsed[-1]:7.2f}",
               f"{row['tokens'] / self.elapsed[-1]:6.0f}", f"{minutes // 60:3d}h{minutes % 60:02d}m{seconds:02d}s",
               flush=True)
-
-
-def append_jsonl(path: Path, rows: list[dict]):
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def episode_row(step: int, episode: Episode) -> dict:
@@ -1513,8 +1684,8 @@ DICE_PHRASES = ["user\n", "assistant\n", "<think>\nStep 1: ", *(f"\nStep {j}: " 
                 *(f"{color} shows " for color in COLORS), "\n</think>\n<answer>", "</answer>", "What is ", " plus ",
                 "<question>", "</question>", proposer_prompt(), solver_prompt("").strip("\n")]
 DEMO = {  # settings of the demo; explicit flags win over them
-    "total_steps": 120, "images_per_rank": 16, "lr": 1e-3, "kl_coef": 0.02, "kl_coef_min": 0.01, "kl_coef_max": 0.3,
-    "max_new_tokens_proposer": 24, "max_new_tokens_solver": 48, "show_every": 60, "device": "cpu"}
+    "total_steps": 120, "images_per_rank": max(1, 16 // int(os.environ.get("WORLD_SIZE", 1))), "lr": 1e-3,
+    "kl_coef": 0.02, "kl_coef_min": 0.01, "kl_coef_max": 0.3, "max_new_tokens_proposer": 24, "max_new_tokens_solver": 48, "show_every": 60, "device": "cpu"}
 
 
 def make_dice_world(folder: Path, seed: int, num_images: int = 512, num_questions: int = 300, warmup_steps: int = 500):
@@ -1581,17 +1752,23 @@ def demo(config: Config, json_file: str | None):
     """The dice world from nothing to a result, on real files, by the same `train` and `evaluate` as everywhere."""
     torch.set_num_threads(1)  # at this size more threads only wait for each other
     start, world = time.perf_counter(), Path(config.output_dir) / f"dice_world_seed{config.seed}"
-    run = Path(config.output_dir) / (config.run_name or f"demo_{config.preset}_seed{config.seed}")
-    if not config.run_name and config.resume == "no":
-        shutil.rmtree(run, ignore_errors=True)  # an earlier demo's
-    if (world / "model").exists():
-        say(f"1. The pictures and the seed model of an earlier demo are there: {world}")
-    else:
-        say(f"1. Making {world}: unlabeled pictures of dice, labelled questions to test on, and\n"
-            "   a seed model that is taught to see well and to add badly")
-        make_dice_world(world, config.seed)
+    run = run_folder(config := dataclasses.replace(
+        config, model=str(world / "model"), data=str(world / "images"),
+        run_name=config.run_name or f"demo_{config.preset}_seed{config.seed}"))
+    join_ranks(resolve_device(config.device))
+    if rank() == 0:
+        with only_run_in(run), FileLock(f"{world}.lock"):
+            if run.name.startswith("demo_") and not resuming(config):  # an earlier demo's
+                for old in set(run.iterdir()) - {run / ".lock"}:
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
+            if (world / "model").exists():
+                say(f"1. The pictures and the seed model of an earlier demo are there: {world}")
+            else:
+                say(f"1. Making {world}: unlabeled pictures of dice, labelled questions to test on, and\n"
+                    "   a seed model that is taught to see well and to add badly")
+                make_dice_world(world, config.seed)
+    all_sum(0)  # the other ranks wait for rank 0
     rows = load_questions(str(world / "holdout.jsonl"))
-    config = dataclasses.replace(config, model=str(world / "model"), data=str(world / "images"), run_name=run.name)
 
     say(f"\n2. The seed model on {len(rows)} test questions: share correct [95 % interval]")
     policy = Policy(config)
@@ -1812,13 +1989,22 @@ def main(argv: list[str] | None = None) -> int:
             result = evaluate(policy, role, rows, batch_size=max(1, args.batch_size))
             print(format_result(args.adapter or config.model, result, config))
             write_json(args.json, result)
-        return 0
-    except UserError as error:
-        print(f"ireasoner: {error}", file=sys.stderr)
-        return 2
-    finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        return 0
+    except (UserError, TrainingStopped) as error:
+        message, status = str(error), error.status
+    except torch.OutOfMemoryError as error:
+        message, status = (f"the GPU is out of memory ({str(error).splitlines()[0]}). Halve --score_tokens (now "
+                           f"{config.score_tokens}), --images_per_rank ({config.images_per_rank}) or --max_pixels "
+                           f"({config.max_pixels})."), 1
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    if message:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(3)  # other ranks mostly say the same; torchrun ends them as soon as the first has said it
+        print(f"ireasoner: {message}", file=sys.stderr, flush=True)
+    return status
 
 
 def quiet_libraries():
@@ -1829,7 +2015,7 @@ def quiet_libraries():
             stream.reconfigure(errors="backslashreplace")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of PyTorch and transformers about their next versions
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@ Each test of a fault of the authors' released code says in its docstring what th
 import ast
 import copy
 import dataclasses
-import inspect
-import itertools
+import io
 import json
 import math
 import os
@@ -459,7 +458,7 @@ def test_shared_prefix_equals_plain_forward_with_gradients(policy, role):
     prompts = prompts_of_unequal_length()
     completions = policy.sample(role, prompts, 3, 24, seed=1)
     advantages = [0.5, -1.0, 0.3] * 3
-    scores = policy.score_batch(role, prompts, completions)
+    scores = [policy.score(role, *both) for both in zip(prompts, completions)]
     fast = ir.reinforce_loss([t for s in scores for t in s.logprobs], [t for s in scores for t in s.kl], advantages, 0.3)
     with policy.adapter(role):
         fast_gradients = torch.autograd.grad(fast, policy.parameters(role))
@@ -636,7 +635,7 @@ def test_one_optimizer_step_over_all_rollouts_with_one_baseline(policy, monkeypa
     learner = ir.Learner(policy, "solver")
     prompts, completions, rewards = batch_of(policy, "solver")
     flat = [r for group in rewards for r in group]
-    scores = policy.score_batch("solver", prompts, completions)
+    scores = [policy.score("solver", *both) for both in zip(prompts, completions)]
     loss = ir.reinforce_loss([t for s in scores for t in s.logprobs], [t for s in scores for t in s.kl],
                              [r - sum(flat) / 12 for r in flat], learner.beta)
     with policy.adapter("solver"):
@@ -657,17 +656,20 @@ def test_one_optimizer_step_over_all_rollouts_with_one_baseline(policy, monkeypa
 def test_small_gradient_passes_give_the_same_update(policy, world):
     prompts, completions, rewards = batch_of(policy, "solver")
     updates = []
-    for tokens in (1, 10 ** 6):
+    some = len(prompts[0].text) + len(prompts[0].image.features) + 2 * max(len(c.token_ids) for g in completions for c in g)
+    for tokens, least, most in ((1, 12, 12), (some, 4, 6), (10 ** 6, 3, 3)):
         policy.config = Config(model=str(world / "model"), score_tokens=tokens)
         learner = ir.Learner(policy, "solver")
-        assert len(ir.micro_batches(prompts, completions, tokens)) == (3 if tokens == 1 else 1)
+        passes = ir.gradient_passes(prompts, completions, rewards, tokens)
+        assert least <= len(passes) <= most and sum(len(group) for _, group, _ in passes) == 12
         start = copy.deepcopy(policy.hf.state_dict())
         stats = learner.update(prompts, completions, rewards)
         updates.append((stats["kl"], [p.grad.clone() for p in learner.parameters]))
         policy.hf.load_state_dict(start)
-    assert updates[0][0] == pytest.approx(updates[1][0], rel=1e-5)
-    for a, b in zip(updates[0][1], updates[1][1]):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+    for kl, gradients in updates[:2]:
+        assert kl == pytest.approx(updates[2][0], rel=1e-5)
+        for a, b in zip(gradients, updates[2][1]):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
 
 
 def test_a_better_rollout_becomes_likelier(policy):
@@ -845,7 +847,7 @@ def test_a_step_encodes_each_image_once(world, policy, monkeypatch):
     monkeypatch.setattr(policy.hf.model.visual, "forward", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
     policy.config = Config(**train_settings(world, "unused"))
     stream = ir.ImageStream(ir.list_images(str(world / "images")), 0)
-    episodes = ir.propose(policy, stream, 1)
+    episodes = ir.propose(policy, stream, 1, 0)
     asked = ir.solve(policy, episodes, 1)
     prompts = [Prompt(e.image, ir.solver_prompt(e.question)) for e in asked]
     ir.Learner(policy, "solver").update(prompts, [e.completions for e in asked], [[1.0, 0.0, 0.5] for _ in asked])
@@ -894,19 +896,272 @@ def test_train_eval_and_ask_through_torchrun_and_the_command_line(world, tmp_pat
     assert answer.returncode == 0 and "nswer" in answer.stdout
 
 
-def test_two_ranks_take_the_same_step_as_one(world, tmp_path):
+# ---- Ranks and faults: real torchrun processes with gloo -----------------------------------------------------------------
+
+
+DRIVER = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import ireasoner as ir
+{patch}
+sys.exit(ir.main())
+"""
+
+
+def torchrun(ranks, settings, *more, patch="", restarts=0, check=True, wait=True):
+    """Starts `ireasoner.py` under torchrun; `patch` is Python that each rank runs before, to break something."""
+    script = Path(settings["output_dir"]) / "driver.py"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(DRIVER.format(here=str(HERE), patch=patch))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}",
+         str(script), *[f"--{k}={v}" for k, v in settings.items()], *more], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    if not wait:
+        return process
+    stdout, stderr = process.communicate(timeout=300)
+    assert (process.returncode == 0) == check, stderr
+    return stdout + stderr
+
+
+def same_numbers(a, b, rel=1e-5):
+    """Two values of metrics or rollouts, equal up to float tolerance."""
+    if isinstance(a, float) or isinstance(b, float):
+        return a == pytest.approx(b, rel=rel, abs=1e-6)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_numbers(a[k], b[k], rel) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same_numbers(x, y, rel) for x, y in zip(a, b))
+    return a == b
+
+
+def assert_same_run(one, two, step):
+    """The same questions, rollouts, rewards, baselines and beta, and adapters that moved the same way."""
+    assert len(metrics(one)) == len(metrics(two)) == step
+    for a, b in zip(metrics(one), metrics(two)):
+        assert same_numbers(a, b, rel=1e-4), (a, b)
+    rollouts = [[json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()] for run in (one, two)]
+    assert [[r["question"], r["image"], [x["text"] for x in r["rollouts"]]] for r in rollouts[0]] == [
+        [r["question"], r["image"], [x["text"] for x in r["rollouts"]]] for r in rollouts[1]]
+    assert same_numbers(*rollouts)
+    ours, theirs = (adapters(run / f"step_{step:06d}") for run in (one, two))
+    for key in ours:
+        assert (ours[key] - theirs[key]).norm() <= 1e-5 * ours[key].norm(), key
+
+
+def test_any_number_of_ranks_gives_the_same_numbers(world, tmp_path):
+    """Four images a step on 1, 2 and 4 ranks; on one of the four no question is ever found."""
     runs = []
-    for ranks, images in ((1, 4), (2, 2)):
-        flags = [f"--{k}={v}" for k, v in train_settings(world, tmp_path / str(ranks), total_steps=2, images_per_rank=images).items()]
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                        str(HERE / "ireasoner.py"), *flags], check=True, capture_output=True, timeout=300,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for ranks in (1, 2, 4):
+        settings = train_settings(world, tmp_path / str(ranks), total_steps=3, images_per_rank=4 // ranks, show_every=0)
+        torchrun(ranks, settings, patch=f"""
+propose = ir.propose
+def without_a_question(*args):
+    episodes = propose(*args)
+    for e in episodes:
+        if e.slot == 2:
+            e.question = None
+    return episodes
+ir.propose = without_a_question""")
         runs.append(tmp_path / str(ranks) / "run")
-    for one, two in zip(metrics(runs[0]), metrics(runs[1])):
-        assert {k: pytest.approx(v, rel=1e-4, abs=1e-6) if isinstance(v, float) else v for k, v in one.items()} == two
-    one, two = (adapters(r / "step_000002") for r in runs)
-    for key in one:
-        torch.testing.assert_close(one[key], two[key], atol=1e-5, rtol=1e-4)
+    assert sum(not row["rollouts"] for row in map(json.loads, (runs[0] / "rollouts.jsonl").read_text().splitlines())) >= 3
+    assert_same_run(runs[0], runs[1], 3)
+    assert_same_run(runs[0], runs[2], 3)
+
+
+def test_resume_on_another_number_of_ranks(world, straight_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight_run, run)
+    shutil.rmtree(run / "step_000006")
+    torchrun(2, train_settings(world, tmp_path, images_per_rank=2, show_every=0), "--resume")
+    assert_same_run(straight_run, run, 6)
+
+
+def test_resume_continues_the_images_on_another_batch_size(world, straight_run, tmp_path):
+    """No image is repeated or left out when the images a step change: the stream goes on where it was."""
+    run = tmp_path / "run"
+    shutil.copytree(straight_run, run)
+    shutil.rmtree(run / "step_000006")
+    ir.train(Config(**train_settings(world, tmp_path, images_per_rank=6, total_steps=5, resume="auto")))
+    seen = [json.loads(line)["image"] for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    assert len(seen) == 3 * 4 + 2 * 6 == len(set(seen))
+
+
+@pytest.mark.parametrize("ranks, number", [(1, "SIGINT"), (2, "SIGTERM")])
+def test_a_signal_saves_and_resume_is_bit_identical(world, straight_run, tmp_path, ranks, number):
+    """One rank gets the signal in the middle of step 2: all ranks finish the step, save it and exit."""
+    settings = train_settings(world, tmp_path, images_per_rank=4 // ranks)
+    output = torchrun(ranks, settings, check=False, patch=f"""
+solve = ir.solve
+def interrupted(policy, episodes, step):
+    if step == 2 and ir.rank() == {ranks - 1}:
+        os.kill(os.getpid(), signal.{number})
+    return solve(policy, episodes, step)
+ir.solve = interrupted""")
+    assert output.count("stopped by a signal after step 2, which is saved") == 1, output
+    assert [p.name for p in ir.list_checkpoints(tmp_path / "run")] == ["step_000002"]
+    torchrun(ranks, settings, "--resume")
+    if ranks == 1:
+        assert metrics(tmp_path / "run") == metrics(straight_run)
+    else:
+        assert_same_run(straight_run, tmp_path / "run", 6)
+
+
+def test_killed_ranks_are_restarted_and_nothing_changes(world, straight_run, tmp_path):
+    """kill -9 of one rank at five points, in the middle of a checkpoint too: torchrun starts all ranks again, each time from
+    the newest complete checkpoint, and the result is bit for bit that of an undisturbed run."""
+    patch = """
+import pathlib
+if int(os.environ["RANK"]) == 1:
+    propose, solve = ir.propose, ir.solve
+    ir.propose = lambda policy, stream, step, first: (die("propose", step), propose(policy, stream, step, first))[1]
+    ir.solve = lambda policy, episodes, step: (die("solve", step), solve(policy, episodes, step))[1]
+rename = os.rename
+def renamed(old, new):
+    die("save", ir.Path(new).name)
+    rename(old, new)
+os.rename = renamed
+def die(what, when):
+    marker = pathlib.Path({folder!r}) / f"{{what}}_{{when}}"
+    if (what, when) in [("propose", 1), ("solve", 3), ("save", "step_000004"), ("propose", 5), ("save", "step_000006")] and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    runs = {}
+    for name, broken in (("calm", ""), ("chaos", patch.format(folder=str(tmp_path)))):
+        settings = train_settings(world, tmp_path / name, images_per_rank=2, save_every=1, show_every=0)
+        output = torchrun(2, settings, patch=broken, restarts=5)
+        runs[name] = tmp_path / name / "run"
+    assert len(list(tmp_path.glob("*_*"))) == 5, output  # each of the deaths took place
+    assert metrics(runs["chaos"]) == metrics(runs["calm"])
+    assert (runs["chaos"] / "rollouts.jsonl").read_text() == (runs["calm"] / "rollouts.jsonl").read_text()
+    calm, chaos = (adapters(runs[name] / "step_000006") for name in ("calm", "chaos"))
+    assert all(torch.equal(calm[key], chaos[key]) for key in calm)
+    assert not list(runs["chaos"].glob(".step_*"))
+
+
+def test_a_rank_that_fails_stops_the_others_with_a_message(world, tmp_path):
+    settings = train_settings(world, tmp_path, images_per_rank=2)
+    output = torchrun(2, settings, check=False, patch="""
+def broken(policy, episodes, step):
+    raise ZeroDivisionError("a bug")
+if int(os.environ["RANK"]) == 1:
+    ir.solve = broken""")
+    assert "ZeroDivisionError: a bug" in output  # a bug keeps its traceback
+    assert "rank 0 lost another rank" in output and "--resume" in output
+
+
+def test_updates_that_are_not_finite_are_skipped_by_all_ranks(world, tmp_path):
+    """Rank 1's loss is NaN in steps 2 to 3, and then from step 5 on: two skips, then five in a row, which end training."""
+    settings = train_settings(world, tmp_path, images_per_rank=2, total_steps=20, proposer_every=100, save_every=1, show_every=0)
+    output = torchrun(2, settings, check=False, patch="""
+loss, solve = ir.reinforce_loss, ir.solve
+def solve_and_note(policy, episodes, step):
+    ir.now = step
+    return solve(policy, episodes, step)
+def nan(*args):
+    return loss(*args) * (float("nan") if ir.now in (2, 3) or ir.now >= 5 else 1)
+if int(os.environ["RANK"]) == 1:
+    ir.reinforce_loss, ir.solve = nan, solve_and_note""")
+    assert "not finite in 5 updates in a row" in output and "--lr" in output
+    rows = metrics(tmp_path / "run")
+    assert [r["skipped_solver"] for r in rows] == [0, 1, 1, 0, 1, 1, 1, 1]
+    assert rows[1]["grad_norm_solver"] is None and rows[3]["grad_norm_solver"] > 0
+    before, after = (adapters(tmp_path / "run" / f"step_{step:06d}") for step in (6, 8))
+    assert all(torch.isfinite(v).all() and torch.equal(v, before[k]) for k, v in after.items())
+
+
+def test_a_full_disk_costs_a_checkpoint_but_not_the_run(world, tmp_path, monkeypatch, capsys):
+    """torch.save fails at step 2, and then at the last step: a warning, and exit status 1 with the reason."""
+    save, broken = torch.save, {2, 4}
+    def full(state, path):
+        if state["step"] in broken:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+    monkeypatch.setattr(torch, "save", full)
+    flags = [f"--{k}={v}" for k, v in train_settings(world, tmp_path, total_steps=4, save_every=1).items()]
+    assert ir.main(flags) == 1
+    error = capsys.readouterr().err
+    assert error.count("COULD NOT BE SAVED") == 2 and "No space left" in error and "Make room" in error.splitlines()[-1]
+    assert [p.name for p in ir.list_checkpoints(tmp_path / "run")] == ["step_000001", "step_000003"]
+    assert not list((tmp_path / "run").glob(".step*"))
+    broken.clear()
+    assert ir.main([*flags, "--resume"]) == 0 and len(metrics(tmp_path / "run")) == 4
+
+
+def test_log_rows_that_cannot_be_written_leave_whole_rows(tmp_path, capsys, monkeypatch):
+    ir.append_jsonl(tmp_path / "log.jsonl", [{"step": 1}])
+    class FullDisk:
+        def __init__(self, path): self.file = io.open(path, "ab", buffering=0)
+        def __enter__(self): return self
+        def __exit__(self, *_): self.file.close()
+        def write(self, text):
+            self.file.write(text.encode()[:5])
+            raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr("builtins.open", lambda path, *_, **__: FullDisk(path))
+        ir.append_jsonl(tmp_path / "log.jsonl", [{"step": 2}])
+    ir.append_jsonl(tmp_path / "log.jsonl", [{"step": 3}])
+    assert list(ir.read_jsonl(tmp_path / "log.jsonl")) == [{"step": 1}, {"step": 3}]
+    assert "1 rows are lost (No space left on device)" in capsys.readouterr().err
+
+
+def test_out_of_memory_names_the_flags(world, tmp_path, monkeypatch, capsys):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+    monkeypatch.setattr(Policy, "score", out_of_memory)
+    assert ir.main([f"--{k}={v}" for k, v in train_settings(world, tmp_path).items()]) == 1
+    error = capsys.readouterr().err
+    assert "2.00 GiB" in error and "--score_tokens (now 16384)" in error and "--images_per_rank (4)" in error
+
+
+def test_two_runs_cannot_share_a_folder(world, tmp_path):
+    settings = Config(**train_settings(world, tmp_path))
+    with ir.only_run_in(tmp_path / "run"):
+        with pytest.raises(UserError, match="another run"):
+            ir.train(settings)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_foreign_checkpoints_are_refused_without_running_their_code(world, straight_run, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+    config = train_settings(world, tmp_path, resume="auto")
+    for name, state in (("evil", Evil()), ("other", {"step": 3}), ("text", "hello")):
+        run = tmp_path / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(straight_run, run)
+        torch.save(state, run / "step_000006" / "trainer_state.pt")
+        with pytest.raises(UserError, match="trainer_state.pt: damaged"):
+            ir.train(Config(**config))
+        assert ir.list_checkpoints(run)[-1].name == "step_000006"
+    assert not (tmp_path / "owned").exists()
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    """By the mean over the steps since the checkpoint before, not by the last step's luck."""
+    rows = [{"step": s, "r_sol": r, "entropy": e} for s, r, e in
+            [(1, 0.1, 1.0), (2, 0.9, 1.0), (3, 0.6, 0.5), (4, 0.6, 0.4), (5, 0.2, None), (6, None, None)]]
+    ir.append_jsonl(tmp_path / "metrics.jsonl", rows)
+    for step in (2, 4, 6):
+        (tmp_path / f"step_{step:06d}").mkdir()
+    best = lambda metric: ir.best_checkpoint(tmp_path, Config(keep_best=metric, save_every=2))
+    assert best("r_sol").name == "step_000004" and best("-entropy").name == "step_000004" and best("none") is None
+
+
+def test_run_8gpu_runs_on_a_laptop(world, tmp_path):
+    settings = train_settings(world, "runs", total_steps=2, images_per_rank=2)
+    process = subprocess.run([str(HERE / "run_8gpu.sh"), *[f"--{k}={v}" for k, v in settings.items()]], cwd=tmp_path,
+                             env={**os.environ, "NPROC": "2", "DEVICE": "cpu", "HF_HUB_OFFLINE": "1",
+                                  "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+                             capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert "2 rank(s)" in process.stdout and (tmp_path / "runs" / "run" / "step_000002" / "trainer_state.pt").exists()
+
+
+# ---- Bad input ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -960,6 +1215,7 @@ def cases(world, straight_run, tmp_path_factory):
         "bad eval image": (["eval", folder / "image.jsonl", "--model", world / "model"], ["a.png", "image"]),
         "bad image": (["ask", folder / "corrupt" / "a.png", "?", "--model", world / "model"], ["a.png", "image"]),
         "missing argument": (["ask", "a.png"], ["question"]),
+        "output is a file": (at("--output_dir", folder / "keys.jsonl"), ["keys.jsonl", "cannot be written"]),
     }
 
 
