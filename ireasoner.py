@@ -27,14 +27,19 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
+import inspect
+import itertools
 import json
 import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -131,6 +136,10 @@ class Config:
     device: str = setting("auto", "auto, cpu, cuda or cuda:N (ROCm GPUs are called cuda too) [ours]", "", True)
     dtype: str = setting("auto", "backbone; auto: bfloat16 on GPU, else float32 [4.1]", ("auto", "float32", "bfloat16"))
     score_tokens: int = setting(16384, "tokens in a gradient pass; lower it if memory runs out [ours]", "[1, inf)", True)
+    grad_checkpointing: str = setting("no", "yes: the backward pass computes MLP activations again, which saves most of "
+                                      "its memory [ours]", ("no", "yes"), True)
+    compile: str = setting("no", "yes: decode with torch.compile and a static cache; pays on GPUs [ours]", ("no", "yes"),
+                           True)
     seed: int = setting(0, "of adapters, data order and sampling [ours]", "[0, inf)")
     save_every: int = setting(50, "steps between checkpoints [ours]", "[1, inf)", True)
     keep_checkpoints: int = setting(3, "newest checkpoints kept [ours]", "[1, inf)", True)
@@ -264,7 +273,6 @@ _STEP_TAG = re.compile(r"<step(?:\s[^<>]*|\d+)?>(.*?)(?=</step\s*>|<step(?:\s[^<
 _STEP_WORD = re.compile(_MARKDOWN + r"(?:\d{1,2}[.)]\s*)?step\s*#?\s*\d{1,3}\s*(?:\*\*|__)?\s*"
                         r"(?:[:)\]–—]|\.(?!\d)|-(?=\s|$)|(?=\()|$)(?:\*\*|__)?\s*", re.I)
 _NUMBERED = re.compile(_MARKDOWN + r"\(?\d{1,2}[.)]{1,2}(?!\d)(?:\*\*|__)?\s*")
-_STEP_INLINE = re.compile(r"(?<!\w)(?:\*\*|__)?step\s+(\d{1,3})\s*(?:\*\*|__)?\s*:", re.I)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]])\s+|(?<=[。！？])|\n\s*(?=[^a-z\s])")
 _ABBREVIATION = re.compile(r"(?:^|[\s(])(?:e\.g|i\.e|etc|vs|fig|eq|no|approx|dr|mr|mrs|ms|st)\.$", re.I)
 
@@ -282,7 +290,9 @@ def split_steps(think: str, max_steps: int = 8) -> list[str]:
     if _STEP_TAG.search(think):
         steps = [_STEP_WORD.sub("", body.strip(), count=1) for body in _STEP_TAG.findall(think)]
     else:
-        steps, lines = [], _break_before_inline_steps(think).split("\n")
+        for k in range(2, max_steps + 2):  # a trace in one line; later mentions of step k stay where they are
+            think = re.sub(rf"(?<=[^\s#>*_+•-])\s+(?=(?:\*\*|__)?step\s+{k}\s*(?:\*\*|__)?\s*:)", "\n", think, count=1, flags=re.I)
+        steps, lines = [], think.split("\n")
         marker = next((m for m in (_STEP_WORD, _NUMBERED) if any(map(m.match, lines))), None)
         for line in lines if marker else []:
             if mark := marker.match(line):
@@ -297,20 +307,6 @@ def split_steps(think: str, max_steps: int = 8) -> list[str]:
                 steps.append(re.sub(r"^\s*[#>*+•-]+\s+", "", sentence))
     steps = [" ".join(step.split()) for step in steps]
     return [step for step in steps if re.search(r"\w", step)][:max(max_steps, 0)]
-
-
-def _break_before_inline_steps(think: str) -> str:
-    """Puts `Step k:` on a line of its own where a trace runs on in one line; a mention of an earlier step stays."""
-    pieces, last, expected = [], 0, 1
-    for mark in _STEP_INLINE.finditer(think):
-        number = int(mark[1])
-        line_start = think.rfind("\n", 0, mark.start()) + 1
-        if not think[line_start:mark.start()].strip(" \t#>*_+•-"):
-            expected = number + 1
-        elif number == expected and number > 1:
-            pieces += [think[last:mark.start()], "\n"]
-            last, expected = mark.start(), number + 1
-    return "".join(pieces) + think[last:]
 
 
 _UNICODE_FOLDS = {**{ord(c): "-" for c in "−‐‑‒–—―﹣－"}, **{ord(c): None for c in "\u200b\u200c\u200d\u2060\ufeff"}}
@@ -655,11 +651,12 @@ class Policy:
     drift. Wherever a role is asked for, None means the reference.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, backbone: tuple | None = None):
+        """`backbone` is a (model, tokenizer, image processor) to use instead of loading `config.model`."""
         from peft import LoraConfig, get_peft_model
         self.config = config
         self.device = resolve_device(config.device)
-        hf, self.tokenizer, self.image_processor = load_backbone(config, self.device)
+        hf, self.tokenizer, self.image_processor = backbone or load_backbone(config, self.device)
         lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
                           target_modules=r"model\.language_model\.layers\.\d+\."
                                          r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)")
@@ -668,7 +665,12 @@ class Policy:
         self.peft.add_adapter("proposer", dataclasses.replace(lora))
         for peft_config in self.peft.peft_config.values():
             peft_config.base_model_name_or_path = config.model
-        self.hf, self.clock = hf, Clock()
+        self.hf, self.clock, self.static_caches = hf, Clock(), {}
+        self.cache_name = "cache" if "cache" in inspect.signature(hf.model.forward).parameters else "past_key_values"
+        self.compiled_extend = torch.compile(self.extend, fullgraph=True, dynamic=False)
+        for name, module in hf.named_modules():
+            if config.grad_checkpointing == "yes" and re.fullmatch(r"model\.language_model\.layers\.\d+\.mlp", name):
+                module.forward = functools.partial(checkpointed, module.forward)
         self.image_token_id = hf.config.image_token_id
         eos = hf.generation_config.eos_token_id
         self.stop_ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
@@ -762,8 +764,8 @@ class Policy:
                                                     attention_mask=mask)                                   # (3, B, P)
         features = BaseModelOutputWithPooling(pooler_output=tuple(p.image.features for p in prompts))
         cache = DynamicCache(config=self.hf.config.get_text_config())
-        out = self.hf.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                            mm_encoder_outputs={"image": features}, use_cache=True)
+        out = self.hf.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
+                            mm_encoder_outputs={"image": features}, **{self.cache_name: cache})
         last = positions.masked_fill(mask == 0, -1).amax(dim=(0, 2))                                       # (B,)
         return Prefill(cache, mask, last + 1, out.last_hidden_state[:, -1])
 
@@ -771,8 +773,8 @@ class Policy:
         """Hidden states (rows, T, d) of completion tokens `ids` (rows, T) behind a cache; `mask` covers both."""
         steps = torch.arange(ids.shape[1], device=self.device)
         positions = (first_position[:, None] + steps).expand(3, -1, -1)  # text has equal time, height and width
-        return self.hf.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                             use_cache=True).last_hidden_state
+        return self.hf.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
+                             **{self.cache_name: cache}).last_hidden_state
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
 
@@ -800,9 +802,8 @@ class Policy:
         stop = torch.tensor(sorted(self.stop_ids), device=self.device)
         with self.adapter(role):
             prefill = self.prefill(self.with_features(prompts))
-            prefill.cache.batch_repeat_interleave(num_samples)
-            hidden, mask, position = (t.repeat_interleave(num_samples, 0)
-                                      for t in (prefill.hidden, prefill.mask, prefill.next_position))
+            hidden = prefill.hidden.repeat_interleave(num_samples, 0)
+            decoder = Decoder(self, prefill, num_samples, max_new_tokens)
             live = torch.arange(rows, device=self.device)  # which completion each row of the cache belongs to
             for t in range(max_new_tokens):
                 logits = self.hf.lm_head(hidden).float()
@@ -822,13 +823,11 @@ class Policy:
                 remaining = int(running.sum())
                 if remaining == 0 or t + 1 == max_new_tokens:
                     break
-                if remaining <= len(live) // 2:  # stop paying for finished rows, a few times a batch
+                if remaining <= len(live) // 2 and self.config.compile == "no":  # stop paying for finished rows
                     keep = running.nonzero()[:, 0]
-                    prefill.cache.batch_select_indices(keep)
-                    live, tokens, mask, position = live[keep], tokens[keep], mask[keep], position[keep]
-                mask = F.pad(mask, (0, 1), value=1)
-                hidden = self.extend(prefill.cache, mask, tokens, position)[:, 0]
-                position = position + 1
+                    decoder.keep(keep)
+                    live, tokens = live[keep], tokens[keep]
+                hidden = decoder.advance(tokens)
         token_ids, logprobs = token_ids.cpu(), logprobs.cpu()
         completions = []
         for ids, logp, length, done in zip(token_ids.tolist(), logprobs, lengths.tolist(), finished.tolist()):
@@ -870,7 +869,8 @@ class Policy:
         prefill = self.prefill([prompt])
         hidden = prefill.hidden.expand(n, -1)[:, None]                                                      # (N, 1, d)
         if longest > 1:
-            prefill.cache.batch_repeat_interleave(n)
+            for layer in prefill.cache.layers:  # views, so that gradients add up over the completions
+                layer.keys, layer.values = (t.expand(n, -1, -1, -1) for t in (layer.keys, layer.values))
             mask = torch.cat([prefill.mask.expand(n, -1), valid[:, :-1]], dim=1)
             rest = self.extend(prefill.cache, mask, ids[:, :-1], prefill.next_position.expand(n))
             hidden = torch.cat([hidden, rest], dim=1)                                                       # (N, R, d)
@@ -884,6 +884,53 @@ class Policy:
         ids = [self.tokenize(step)[:self.config.embed_max_tokens] for step in steps]
         rows = [table[torch.tensor(i, dtype=torch.long, device=self.device)].float().sum(dim=0) for i in ids]
         return F.normalize(torch.stack(rows), dim=-1).cpu() if rows else torch.zeros(0, table.shape[1])
+
+
+class Decoder:
+    """Continues prefilled prompts, N rows each, by a token at a time.
+
+    Keys and values are written into tensors that hold the longest completion from the start: growing them by
+    concatenation, a token at a time, would copy the whole cache each time. With `--compile` these tensors also keep
+    their place and few sizes, so that a step is compiled once and replayed.
+    """
+
+    def __init__(self, policy: Policy, prefill: Prefill, num_samples: int, max_new_tokens: int):
+        from transformers import StaticCache
+        rows, self.filled = prefill.mask.shape[0] * num_samples, prefill.mask.shape[1]
+        self.extend, size = policy.extend, (rows, self.filled + max_new_tokens)
+        if policy.config.compile == "yes":
+            self.extend, size = policy.compiled_extend, (rows, -(-size[1] // 256) * 256)
+        self.cache = policy.static_caches.get(size) or StaticCache(config=policy.hf.config.get_text_config(),
+                                                                   max_cache_len=size[1])
+        if policy.config.compile == "yes":
+            policy.static_caches[size] = self.cache
+        for layer, prompt in zip(self.cache.layers, prefill.cache.layers):
+            keys, values = (t.repeat_interleave(num_samples, 0) for t in (prompt.keys, prompt.values))
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys, values)
+            layer.keys[:, :, :self.filled], layer.values[:, :, :self.filled] = keys, values
+            layer.cumulative_length.fill_(self.filled)
+        self.mask = F.pad(prefill.mask.repeat_interleave(num_samples, 0), (0, size[1] - self.filled))
+        self.position = prefill.next_position.repeat_interleave(num_samples, 0)                             # (rows,)
+
+    def keep(self, rows: torch.Tensor):
+        """Goes on with some of the rows only."""
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        self.mask, self.position = self.mask[rows], self.position[rows]
+
+    def advance(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Appends one token a row, (rows, 1); returns the hidden states that predict the next ones, (rows, d)."""
+        self.mask[:, self.filled] = 1
+        self.filled += 1
+        self.position = self.position + 1
+        return self.extend(self.cache, self.mask, tokens, self.position - 1)[:, 0].clone()
+
+
+def checkpointed(forward, hidden: torch.Tensor) -> torch.Tensor:
+    """Runs a layer's MLP and forgets what it computed: the backward pass does it again. (Whole layers cannot be run
+    twice here: each run would append to the prompt's cache.)"""
+    return checkpoint(forward, hidden, use_reentrant=False) if hidden.requires_grad else forward(hidden)
 
 
 def token_statistics(hidden: torch.Tensor, ref_hidden: torch.Tensor, token_ids: torch.Tensor, lm_head,
@@ -1167,15 +1214,8 @@ def list_images(data: str) -> list[Path]:
     for source in [data] if Path(data).exists() else [part for part in data.split(",") if part]:
         source = Path(source).expanduser()
         if source.is_dir():
-            found, visited = [], set()
-            for folder, subfolders, names in os.walk(source, followlinks=True):
-                if os.path.realpath(folder) in visited:  # a link back up
-                    subfolders.clear()
-                    continue
-                visited.add(os.path.realpath(folder))
-                subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
-                found += [Path(folder, n) for n in sorted(names)
-                          if Path(n).suffix.lower() in IMAGE_SUFFIXES and not n.startswith(".")]
+            found = sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES
+                           and not any(part.startswith(".") for part in p.relative_to(source).parts))
         elif source.is_file() and source.suffix.lower() not in IMAGE_SUFFIXES:
             try:
                 lines = source.read_text(encoding="utf-8-sig").splitlines()
@@ -1636,10 +1676,11 @@ CHAT_TEMPLATE = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def build_checkpoint(folder: Path, corpus: list[str], phrases: list[str] = (), text: dict = {}, vision: dict = {},
-                     vocab_size: int = 400, seed: int = 0):
-    """Writes a Qwen2.5-VL checkpoint folder with random weights and a byte-level BPE trained on `corpus`, which any
-    transformers client can load. `phrases` become one token each; `text` and `vision` override the sizes."""
+def build_backbone(corpus: list[str], phrases: list[str] = (), text: dict = {}, vision: dict = {}, seed: int = 0,
+                   device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple:
+    """(model, tokenizer, image processor) of a Qwen2.5-VL with random weights and a byte-level BPE trained on `corpus`;
+    `save_pretrained` of the three makes a checkpoint folder that any transformers client can load. `phrases` become one
+    token each; `text` and `vision` override the sizes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
@@ -1650,7 +1691,7 @@ def build_checkpoint(folder: Path, corpus: list[str], phrases: list[str] = (), t
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
     bpe.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
@@ -1668,15 +1709,15 @@ def build_checkpoint(folder: Path, corpus: list[str], phrases: list[str] = (), t
         vision_config={"depth": 1, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4,
                        "fullatt_block_indexes": [0], "out_hidden_size": width["hidden_size"],
                        "initializer_range": 0.05, **vision},
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], tie_word_embeddings=True,
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        tie_word_embeddings=width.get("tie_word_embeddings", True),
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
     torch.manual_seed(derive_seed(seed, "backbone"))
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype).eval().requires_grad_(False)
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    get_image_processor_class_from_name("Qwen2VLImageProcessorPil")(
-        size={"shortest_edge": 28 * 28, "longest_edge": 1280 * 28 * 28}).save_pretrained(folder)
+    return model, tokenizer, get_image_processor_class_from_name("Qwen2VLImageProcessorPil")(
+        size={"shortest_edge": 28 * 28, "longest_edge": 1280 * 28 * 28})
 
 
 # Whole phrases are tokens, so that a solution has about 20 and a colour asks for its die in a single attention step.
@@ -1704,13 +1745,13 @@ def make_dice_world(folder: Path, seed: int, num_images: int = 512, num_question
         image.save(folder / "holdout" / f"{i:04d}.png")
         rows.append({"image": f"holdout/{i:04d}.png", "question": question, "answer": str(answer)})
     append_jsonl(folder / "holdout.jsonl", rows)
-    part = folder / ".model.part"
-    build_checkpoint(part, ["\n".join(COLORS)] * 9, DICE_PHRASES, seed=seed)
-    policy = Policy(Config(model=str(part), device="cpu"))
+    backbone = _, tokenizer, image_processor = build_backbone(["\n".join(COLORS)] * 9, DICE_PHRASES, seed=seed)
+    policy = Policy(Config(device="cpu"), backbone)
     policy.peft.disable_adapter_layers()
     teach(policy, warmup_steps, seed)
-    policy.peft.unload().save_pretrained(part)
-    os.rename(part, folder / "model")
+    for whole in (policy.peft.unload(), tokenizer, image_processor):
+        whole.save_pretrained(folder / ".model.part")
+    os.rename(folder / ".model.part", folder / "model")
 
 
 def teach(policy: Policy, steps: int, seed: int, batch_size: int = 64, lr: float = 3e-3):
@@ -1908,6 +1949,157 @@ def format_result(name: str, result: dict, config: Config) -> str:
     return f"{name:<32} {'   '.join(cells)}"
 
 
+# ---- bench: where the time of a step goes, on random weights of the true shapes --------------------------------------
+
+QWEN_TEXT = {"max_position_embeddings": 32768, "initializer_range": 0.02}
+QWEN_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "initializer_range": 0.02,
+               "fullatt_block_indexes": [7, 15, 23, 31]}
+SIZES = {  # text and vision tower; image (width, height); tokens of the prompt, a question and a solution
+    "tiny": ({"num_hidden_layers": 4}, {}, (168, 112), 570, 32, 64),
+    "small": ({"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
+               "intermediate_size": 1280}, {"depth": 4, "hidden_size": 128}, (168, 112), 570, 32, 64),
+    "3b": ({**QWEN_TEXT, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
+            "intermediate_size": 11008, "vocab_size": 151936}, QWEN_VISION, (1008, 784), 1130, 128, 256),
+    "7b": ({**QWEN_TEXT, "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+            "intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False}, QWEN_VISION, (1008, 784), 1130,
+           128, 256)}
+
+
+def bench(config: Config, args: argparse.Namespace):
+    """Times training steps with rollouts of full length; a Proposer update counts with its share of the steps."""
+    import platform
+    import transformers
+    text, vision, image_size, prompt_tokens, question, solution = SIZES[args.size]
+    config = dataclasses.replace(config, max_new_tokens_proposer=args.question_tokens or question,
+                                 max_new_tokens_solver=args.solution_tokens or solution)
+    device = resolve_device(config.device)
+    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else torch.float32 if device.type == "cpu" else torch.bfloat16
+    policy = Policy(config, build_backbone([], text=text, vision=vision, device=device, dtype=dtype))
+    policy.stop_ids = set()  # nothing ends a rollout early
+    learners = {role: Learner(policy, role) for role in ROLES}
+    noise = torch.Generator().manual_seed(0)
+    images = [Image.fromarray(torch.randint(256, (*image_size[::-1], 3), generator=noise, dtype=torch.uint8).numpy())
+              for _ in range(config.images_per_rank)]
+    weights = sum(p.numel() for p in [*policy.hf.model.language_model.layers.parameters(), policy.hf.lm_head.weight])
+    visual = len(policy.encode_images(images[:1])[0].features)
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    print(f"{args.size}: {sum(p.numel() for p in policy.hf.parameters()) / 1e6:.1f} M parameters, {str(dtype)[6:]}, {kind}; "
+          f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}\n"
+          f"{config.images_per_rank} image(s) x {config.num_rollouts} rollouts a step, prompt {args.prompt_tokens or prompt_tokens} "
+          f"tokens ({visual} visual), question {config.max_new_tokens_proposer}, solution {config.max_new_tokens_solver}\n")
+
+    def one_step(step: int, n: int, prompt_tokens: int) -> dict[str, float]:
+        """Seconds in each phase of a step like that of `train`."""
+        policy.clock.lap()
+        with policy.clock.phase("propose"):
+            prompts = [Prompt(image, "x" * prompt_tokens) for image in policy.encode_images(images)]
+            excess = len(policy.prompt_ids(prompts[0])) - prompt_tokens
+            prompts = [Prompt(p.image, "x" * (prompt_tokens - excess)) for p in prompts]  # a token each
+            proposals = policy.sample("proposer", prompts, 1, config.max_new_tokens_proposer, 1.0, 2 * step)
+        with policy.clock.phase("solve"):
+            rollouts = policy.sample("solver", prompts, n, config.max_new_tokens_solver, 1.0, 2 * step + 1)
+        learners["solver"].update(prompts, rollouts, [[float(i % 2) for i in range(n)] for _ in prompts])
+        seconds = Counter(policy.clock.lap())
+        learners["proposer"].update(prompts, proposals, [[float(i % 2)] for i in range(len(prompts))])
+        for name, more in policy.clock.lap().items():  # comes every few steps only
+            seconds[name] += more / config.proposer_every
+        return seconds
+
+    n, p, r, q = config.num_rollouts, args.prompt_tokens or prompt_tokens, config.max_new_tokens_solver, config.max_new_tokens_proposer
+    one_step(0, n, p)  # warm-up: allocator, caches, compilation
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    ours, naive = [], []
+    for step in range(1, args.steps + 1):
+        ours.append(one_step(step, n, p))
+        if args.compare == "naive":  # in turn, so that both meet the same machine
+            naive.append(naive_step(policy, learners, images, p, n))
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    phases = {name: statistics.median(t.get(name, 0.0) for t in ours) for name in
+              ("propose", "solve", "reference", "gradient", "optimizer", "other")}
+    totals = [sum(t.values()) for t in ours]
+    seconds, count = statistics.median(totals), config.images_per_rank
+    bandwidth, flops = machine_limits(device, dtype)
+    size = weights * torch.finfo(dtype).bits // 8
+    decode_floor = q * max(size / bandwidth, 2 * weights * count / flops) + r * max(size / bandwidth, 2 * weights * count * n / flops)
+    scored = count * (p + n * r + (p + q) / config.proposer_every)  # tokens; the backward pass costs another forward's
+    floor = decode_floor + (2 * count * p + 3 * scored) * 2 * weights / flops
+    for name, value in phases.items():
+        print(f"{name:<10} {value:9.3f} s {value / seconds:6.0%}")
+    print(f"{'step':<10} {seconds:9.3f} s   (median of {len(totals)}, {min(totals):.3f} to {max(totals):.3f})\n"
+          f"floor      {floor:9.3f} s   of this machine at {bandwidth / 1e9:.1f} GB/s and {flops / 1e12:.3f} TFLOP/s, measured now\n"
+          f"decoding {count * (q + n * r) / (phases['propose'] + phases['solve']):.0f} tokens/s, "
+          f"{decode_floor / (phases['propose'] + phases['solve']):.0%} of its floor; scoring "
+          f"{scored / (phases['reference'] + phases['gradient']):.0f} tokens/s; {3600 * count / seconds:.0f} images/hour; "
+          f"peak memory {peak / 2 ** 30:.2f} GiB")
+    result = {"seconds_per_step": seconds, "phases": phases, "tokens_per_second": count * (q + n * r) / seconds,
+              "images_per_hour": 3600 * count / seconds, "peak_memory_bytes": int(peak), "naive_seconds_per_step": None,
+              "ratio": None, "floor_seconds": floor}
+    if naive:
+        ratios = sorted(b / a for a, b in zip(totals, naive))
+        result |= {"naive_seconds_per_step": statistics.median(naive), "ratio": statistics.median(ratios)}
+        print(f"naive      {result['naive_seconds_per_step']:9.3f} s   {result['ratio']:.2f} times ours ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    if args.sweep:
+        print(f"\nCost of scoring, solutions of {r} tokens: seconds grow with P + N R, not with N (P + R)\n"
+              "    N     P   P + N R   N (P + R)   seconds   us per token of P + N R")
+        for n, p in itertools.product((2, 5, 16), (100, 600, 1200)):
+            times = [one_step(step, n, max(p, visual + 30)) for step in range(args.steps)]
+            solver = (p + n * r) / (p + n * r + (p + q) / config.proposer_every)  # the Solver's part of the scoring
+            score = statistics.median(t["reference"] + t["gradient"] for t in times) / count * solver
+            print(f"{n:5d} {p:5d} {p + n * r:9d} {n * (p + r):11d} {score:9.3f} {1e6 * score / (p + n * r):12.0f}")
+    write_json(args.json, result)
+
+
+def naive_step(policy: Policy, learners: dict[str, Learner], images: list[Image.Image], prompt_tokens: int, n: int) -> float:
+    """Seconds of the straightforward loop on the same work: every rollout is generated alone with its image, and scored
+    by full forwards of its own, policy and reference, with the image encoded each time."""
+    config, clock = policy.config, policy.clock
+    clock.lap()
+    for learner in learners.values():
+        learner.optimizer.zero_grad(set_to_none=True)
+    for image in images:
+        pixels = policy.image_processor(images=[image], return_tensors="pt").to(policy.device)
+        pixels["pixel_values"] = pixels["pixel_values"].to(policy.hf.dtype)
+        visual = EncodedImage(torch.empty(int(pixels["image_grid_thw"].prod()) // 4), torch.empty(0))
+        excess = len(policy.prompt_ids(Prompt(visual, ""))) - prompt_tokens
+        prompt = torch.tensor([policy.prompt_ids(Prompt(visual, "x" * -excess))], device=policy.device)       # (1, P)
+        inputs = lambda ids: {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels,
+                              "mm_token_type_ids": (ids == policy.image_token_id).int()}
+        for role, count, new in (("proposer", 1, config.max_new_tokens_proposer), ("solver", n, config.max_new_tokens_solver)):
+            for i in range(count):
+                with policy.adapter(role), torch.no_grad():
+                    ids = policy.hf.generate(**inputs(prompt), do_sample=True, top_k=0, max_new_tokens=new, eos_token_id=-1,
+                                             suppress_tokens=[policy.image_token_id])
+                with clock.phase(f"score {role}"), policy.adapter(role):
+                    with torch.no_grad(), policy.adapter(None):
+                        ref_logits = policy.hf(**inputs(ids), logits_to_keep=new + 1).logits[0, :-1]
+                    logits = policy.hf(**inputs(ids), logits_to_keep=new + 1).logits[0, :-1]
+                    logp, kl = token_statistics(logits, ref_logits, ids[0, -new:], torch.nn.Identity())
+                    (reinforce_loss([logp], [kl], [i % 2 - 0.5], 0.01) / count / len(images)).backward()
+    for learner in learners.values():
+        torch.nn.utils.clip_grad_norm_(learner.parameters, config.grad_clip)
+        learner.optimizer.step()
+    seconds = clock.lap()
+    return sum(seconds.values()) - seconds["score proposer"] * (1 - 1 / config.proposer_every)
+
+
+def machine_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """(bytes a second read from memory, floating-point operations a second of a matrix product), each the best of 5."""
+    block = torch.ones(2 ** (31 if device.type == "cuda" else 27), dtype=torch.int8, device=device).view(torch.float32)
+    square = torch.ones(2 ** (13 if device.type == "cuda" else 10), 2 ** (13 if device.type == "cuda" else 10), dtype=dtype, device=device)
+
+    def best(work) -> float:
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+    return block.nbytes / best(block.sum), 2 * len(square) ** 3 / best(lambda: square @ square)
+
+
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 COMMANDS = {
@@ -1915,9 +2107,13 @@ COMMANDS = {
     "demo": "the dice world: build, mistrain and improve a tiny Qwen2.5-VL on a laptop, in minutes",
     "ask": "one image, one question: reasoning and answer",
     "eval": "accuracy on a JSONL file of image, question, answer",
+    "bench": "times a training step on random weights of Qwen2.5-VL's shapes, without a download",
 }
 SOLVER_SETTINGS = {"model", "num_rollouts", "temperature", "max_new_tokens_solver", "max_pixels", "device", "dtype",
                    "seed"}
+
+BENCH_SETTINGS = {"num_rollouts", "images_per_rank", "device", "dtype", "score_tokens", "grad_checkpointing", "compile",
+                  "lora_r"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1938,13 +2134,21 @@ def parse_command_line(argv: list[str]) -> tuple[str, Config, argparse.Namespace
     if command == "eval":
         parser.add_argument("file", help="JSONL, each line with image (path relative to the file), question, answer")
         parser.add_argument("--batch_size", type=int, default=8, help="questions answered together; default 8")
+    if command == "bench":
+        parser.add_argument("--size", choices=list(SIZES), default="small", help="architecture; default small")
+        parser.add_argument("--steps", type=int, default=3, help="steps timed, after one to warm up; default 3")
+        parser.add_argument("--compare", choices=["naive"], help="also time, in turn, the straightforward loop")
+        parser.add_argument("--sweep", action="store_true", help="also show how scoring grows with N and the prompt")
+        for name in ("prompt_tokens", "question_tokens", "solution_tokens"):
+            parser.add_argument(f"--{name}", type=int, help="default: by size")
     if command in ("ask", "eval"):
         parser.add_argument("--adapter", help="step_* folder of a run or PEFT adapter folder; default: the backbone")
-    if command in ("eval", "demo"):
+    if command in ("eval", "demo", "bench"):
         parser.add_argument("--json", metavar="FILE", help="also write the result here, for machines")
     settings = {f.name: f for f in dataclasses.fields(Config)}
     preset = DEMO if command == "demo" else {}
-    shown = {"train": set(settings), "demo": set(settings) - {"model", "data"}}.get(command, SOLVER_SETTINGS)
+    shown = {"train": set(settings), "demo": set(settings) - {"model", "data"}, "bench": BENCH_SETTINGS}.get(
+        command, SOLVER_SETTINGS)
     for name, f in settings.items():
         if name in shown:
             within = f.metadata["within"]
@@ -1973,7 +2177,8 @@ def write_json(file: str | None, result: dict):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, or 2 after one line about bad input."""
+    """Runs one command; returns the exit status: 0, 1 if training had to stop, 2 after one line about bad input."""
+    message, status = "", 0
     try:
         command, config, args = parse_command_line(sys.argv[1:] if argv is None else argv)
         quiet_libraries()
@@ -1989,9 +2194,8 @@ def main(argv: list[str] | None = None) -> int:
             result = evaluate(policy, role, rows, batch_size=max(1, args.batch_size))
             print(format_result(args.adapter or config.model, result, config))
             write_json(args.json, result)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return 0
+        elif command == "bench":
+            bench(config, args)
     except (UserError, TrainingStopped) as error:
         message, status = str(error), error.status
     except torch.OutOfMemoryError as error:
@@ -2004,6 +2208,9 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", 0)):
             time.sleep(3)  # other ranks mostly say the same; torchrun ends them as soon as the first has said it
         print(f"ireasoner: {message}", file=sys.stderr, flush=True)
+    if dist.is_initialized():  # at once: threads of gloo sometimes abort an interpreter that ends in the ordinary way
+        sys.stdout.flush()
+        os._exit(status)
     return status
 
 
