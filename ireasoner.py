@@ -654,6 +654,8 @@ class Policy:
     def __init__(self, config: Config, backbone: tuple | None = None):
         """`backbone` is a (model, tokenizer, image processor) to use instead of loading `config.model`."""
         from peft import LoraConfig, get_peft_model
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
         self.config = config
         self.device = resolve_device(config.device)
         hf, self.tokenizer, self.image_processor = backbone or load_backbone(config, self.device)
@@ -668,6 +670,11 @@ class Policy:
         self.hf, self.clock, self.static_caches = hf, Clock(), {}
         self.cache_name = "cache" if "cache" in inspect.signature(hf.model.forward).parameters else "past_key_values"
         self.compiled_extend = torch.compile(self.extend, fullgraph=True, dynamic=False)
+        self.attentions = [m for name, m in hf.named_modules() if re.search(r"language_model\.layers\.\d+\.self_attn$", name)]
+        AttentionInterface.register("shared_prefix", shared_prefix_attention)
+        AttentionMaskInterface.register("shared_prefix", sdpa_mask)
+        hf.set_attn_implementation({"text_config": "shared_prefix"})
+        self.leave_prefix()
         for name, module in hf.named_modules():
             if config.grad_checkpointing == "yes" and re.fullmatch(r"model\.language_model\.layers\.\d+\.mlp", name):
                 module.forward = functools.partial(checkpointed, module.forward)
@@ -675,6 +682,11 @@ class Policy:
         eos = hf.generation_config.eos_token_id
         self.stop_ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         self.dropouts = [m for name, m in hf.named_modules() if "lora_dropout" in name]
+
+    def leave_prefix(self):
+        """Ends the work of a `Decoder`."""
+        for attention in self.attentions:
+            attention.prefix = None
 
     # ---- adapters ---------------------------------------------------------------------------------------------------
 
@@ -805,6 +817,7 @@ class Policy:
             hidden = prefill.hidden.repeat_interleave(num_samples, 0)
             decoder = Decoder(self, prefill, num_samples, max_new_tokens)
             live = torch.arange(rows, device=self.device)  # which completion each row of the cache belongs to
+            per_prompt = num_samples
             for t in range(max_new_tokens):
                 logits = self.hf.lm_head(hidden).float()
                 logp = torch.log_softmax(logits / (temperature or 1.0), dim=-1)                         # (live, V)
@@ -823,11 +836,11 @@ class Policy:
                 remaining = int(running.sum())
                 if remaining == 0 or t + 1 == max_new_tokens:
                     break
-                if remaining <= len(live) // 2 and self.config.compile == "no":  # stop paying for finished rows
-                    keep = running.nonzero()[:, 0]
-                    decoder.keep(keep)
-                    live, tokens = live[keep], tokens[keep]
+                if remaining <= len(live) // 2 and not decoder.compiled:  # stop paying for finished rows
+                    rows_left, per_prompt = decoder.keep(running, per_prompt)
+                    live, tokens = live[rows_left], tokens[rows_left]
                 hidden = decoder.advance(tokens)
+            self.leave_prefix()
         token_ids, logprobs = token_ids.cpu(), logprobs.cpu()
         completions = []
         for ids, logp, length, done in zip(token_ids.tolist(), logprobs, lengths.tolist(), finished.tolist()):
@@ -889,35 +902,43 @@ class Policy:
 class Decoder:
     """Continues prefilled prompts, N rows each, by a token at a time.
 
-    Keys and values are written into tensors that hold the longest completion from the start: growing them by
-    concatenation, a token at a time, would copy the whole cache each time. With `--compile` these tensors also keep
-    their place and few sizes, so that a step is compiled once and replayed.
+    A prompt's keys and values are held once for its N rows; a row's own go into tensors that hold the longest
+    completion from the start, since growing them by concatenation would copy all of them for every token. With
+    `--compile` all tensors have few sizes and the rows' keep their place, so that a step is compiled once and replayed.
     """
 
     def __init__(self, policy: Policy, prefill: Prefill, num_samples: int, max_new_tokens: int):
         from transformers import StaticCache
-        rows, self.filled = prefill.mask.shape[0] * num_samples, prefill.mask.shape[1]
-        self.extend, size = policy.extend, (rows, self.filled + max_new_tokens)
-        if policy.config.compile == "yes":
-            self.extend, size = policy.compiled_extend, (rows, -(-size[1] // 256) * 256)
-        self.cache = policy.static_caches.get(size) or StaticCache(config=policy.hf.config.get_text_config(),
-                                                                   max_cache_len=size[1])
-        if policy.config.compile == "yes":
-            policy.static_caches[size] = self.cache
-        for layer, prompt in zip(self.cache.layers, prefill.cache.layers):
-            keys, values = (t.repeat_interleave(num_samples, 0) for t in (prompt.keys, prompt.values))
-            if not layer.is_initialized:
-                layer.lazy_initialization(keys, values)
-            layer.keys[:, :, :self.filled], layer.values[:, :, :self.filled] = keys, values
-            layer.cumulative_length.fill_(self.filled)
-        self.mask = F.pad(prefill.mask.repeat_interleave(num_samples, 0), (0, size[1] - self.filled))
+        self.policy, self.filled, rows = policy, 0, len(prefill.mask) * num_samples
+        self.compiled = policy.config.compile == "yes"
+        self.extend = policy.compiled_extend if self.compiled else policy.extend
+        pad = -prefill.mask.shape[1] % 256 if self.compiled else 0
+        self.cache = policy.static_caches.get((rows, max_new_tokens)) or StaticCache(
+            config=policy.hf.config.get_text_config(), max_cache_len=max_new_tokens)
+        if self.compiled:
+            policy.static_caches[rows, max_new_tokens] = self.cache
+        self.cache.reset()
+        self.mask = prefill.mask.new_zeros(rows, max_new_tokens)
         self.position = prefill.next_position.repeat_interleave(num_samples, 0)                             # (rows,)
+        blocked = torch.zeros(len(prefill.mask), 1, prefill.mask.shape[1] + pad, device=policy.device)
+        blocked.masked_fill_(F.pad(prefill.mask, (0, pad))[:, None] == 0, -math.inf)                        # (B, 1, P)
+        for attention, layer in zip(policy.attentions, prefill.cache.layers):
+            attention.prefix = F.pad(layer.keys, (0, 0, 0, pad)), F.pad(layer.values, (0, 0, 0, pad)), blocked
 
-    def keep(self, rows: torch.Tensor):
-        """Goes on with some of the rows only."""
+    def keep(self, running: torch.Tensor, num_samples: int) -> tuple[torch.Tensor, int]:
+        """Drops finished rows, as far as every prompt keeps the same number of rows: (indices of those that stay, rows
+        per prompt). `running` is (rows,)."""
+        running = running.view(-1, num_samples)                                                             # (B, N)
+        images = running.any(1).nonzero()[:, 0]
+        n = int(running.sum(1).max())
+        order = running[images].int().argsort(dim=1, descending=True, stable=True)[:, :n]
+        rows = (images[:, None] * num_samples + order).flatten()
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        for attention in self.policy.attentions:
+            attention.prefix = tuple(t[images] for t in attention.prefix)
         self.mask, self.position = self.mask[rows], self.position[rows]
+        return rows, n
 
     def advance(self, tokens: torch.Tensor) -> torch.Tensor:
         """Appends one token a row, (rows, 1); returns the hidden states that predict the next ones, (rows, d)."""
@@ -925,6 +946,29 @@ class Decoder:
         self.filled += 1
         self.position = self.position + 1
         return self.extend(self.cache, self.mask, tokens, self.position - 1)[:, 0].clone()
+
+
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling: float, **kwargs):
+    """Attention in the language model: PyTorch's, but while a `Decoder` is at work one softmax over a row's own tokens
+    and its prompt, whose keys and values `module.prefix` holds once for all rows of the prompt.
+
+    query is (rows, heads, 1, d_head), key and value (rows, key heads, R, d_head); returns (rows, 1, heads, d_head).
+    """
+    if module.prefix is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    keys, values, blocked = module.prefix                                        # (B, key heads, P, d_head), (B, 1, P)
+    rows, heads, _, width = query.shape
+    (b, key_heads, p, _), n, shared = keys.shape, rows // len(keys), heads // keys.shape[1]
+    query = query.view(rows, key_heads, shared, width) * scaling
+    own = query @ key.mT + torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, -math.inf)
+    # the N rows of a prompt are one batch of queries to its keys: (B, key heads, N * shared, P)
+    grouped = query.view(b, n, key_heads, shared, width).transpose(1, 2).reshape(b, key_heads, n * shared, width)
+    prompt = (grouped @ keys.mT + blocked[:, None]).view(b, key_heads, n, shared, p).transpose(1, 2)
+    weights = torch.cat([prompt.reshape(rows, key_heads, shared, p), own], dim=-1).float().softmax(-1).to(value.dtype)
+    grouped = weights[..., :p].view(b, n, key_heads, shared, p).transpose(1, 2).reshape(b, key_heads, n * shared, p)
+    prompt = (grouped @ values).view(b, key_heads, n, shared, width).transpose(1, 2).reshape(rows, key_heads, shared, width)
+    return (prompt + weights[..., p:] @ value).view(rows, 1, heads, width), None
 
 
 def checkpointed(forward, hidden: torch.Tensor) -> torch.Tensor:
