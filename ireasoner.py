@@ -667,26 +667,22 @@ class Policy:
         self.peft.add_adapter("proposer", dataclasses.replace(lora))
         for peft_config in self.peft.peft_config.values():
             peft_config.base_model_name_or_path = config.model
-        self.hf, self.clock, self.static_caches = hf, Clock(), {}
+        self.hf, self.clock, self.attentions, self.static_caches = hf, Clock(), [], {}
         self.cache_name = "cache" if "cache" in inspect.signature(hf.model.forward).parameters else "past_key_values"
         self.compiled_extend = torch.compile(self.extend, fullgraph=True, dynamic=False)
-        self.attentions = [m for name, m in hf.named_modules() if re.search(r"language_model\.layers\.\d+\.self_attn$", name)]
         AttentionInterface.register("shared_prefix", shared_prefix_attention)
         AttentionMaskInterface.register("shared_prefix", sdpa_mask)
         hf.set_attn_implementation({"text_config": "shared_prefix"})
-        self.leave_prefix()
         for name, module in hf.named_modules():
-            if config.grad_checkpointing == "yes" and re.fullmatch(r"model\.language_model\.layers\.\d+\.mlp", name):
+            if re.search(r"language_model\.layers\.\d+\.self_attn$", name):
+                module.prefix = None
+                self.attentions.append(module)
+            if re.search(r"language_model\.layers\.\d+\.mlp$", name) and config.grad_checkpointing == "yes":
                 module.forward = functools.partial(checkpointed, module.forward)
         self.image_token_id = hf.config.image_token_id
         eos = hf.generation_config.eos_token_id
         self.stop_ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         self.dropouts = [m for name, m in hf.named_modules() if "lora_dropout" in name]
-
-    def leave_prefix(self):
-        """Ends the work of a `Decoder`."""
-        for attention in self.attentions:
-            attention.prefix = None
 
     # ---- adapters ---------------------------------------------------------------------------------------------------
 
@@ -812,12 +808,11 @@ class Policy:
         lengths = torch.full((rows,), max_new_tokens, device=self.device)
         finished = torch.zeros(rows, dtype=torch.bool, device=self.device)
         stop = torch.tensor(sorted(self.stop_ids), device=self.device)
-        with self.adapter(role):
+        with self.adapter(role), contextlib.ExitStack() as stack:
             prefill = self.prefill(self.with_features(prompts))
             hidden = prefill.hidden.repeat_interleave(num_samples, 0)
-            decoder = Decoder(self, prefill, num_samples, max_new_tokens)
-            live = torch.arange(rows, device=self.device)  # which completion each row of the cache belongs to
-            per_prompt = num_samples
+            live = torch.arange(rows, device=self.device)  # which completion each row of the decoder belongs to
+            decoder = stack.enter_context(contextlib.closing(Decoder(self, prefill, num_samples, max_new_tokens)))
             for t in range(max_new_tokens):
                 logits = self.hf.lm_head(hidden).float()
                 logp = torch.log_softmax(logits / (temperature or 1.0), dim=-1)                         # (live, V)
@@ -837,10 +832,9 @@ class Policy:
                 if remaining == 0 or t + 1 == max_new_tokens:
                     break
                 if remaining <= len(live) // 2 and not decoder.compiled:  # stop paying for finished rows
-                    rows_left, per_prompt = decoder.keep(running, per_prompt)
-                    live, tokens = live[rows_left], tokens[rows_left]
+                    kept = decoder.drop(finished[live])
+                    live, tokens = live[kept], tokens[kept]
                 hidden = decoder.advance(tokens)
-            self.leave_prefix()
         token_ids, logprobs = token_ids.cpu(), logprobs.cpu()
         completions = []
         for ids, logp, length, done in zip(token_ids.tolist(), logprobs, lengths.tolist(), finished.tolist()):
@@ -909,36 +903,37 @@ class Decoder:
 
     def __init__(self, policy: Policy, prefill: Prefill, num_samples: int, max_new_tokens: int):
         from transformers import StaticCache
-        self.policy, self.filled, rows = policy, 0, len(prefill.mask) * num_samples
-        self.compiled = policy.config.compile == "yes"
+        self.policy, self.filled, self.compiled = policy, 0, policy.config.compile == "yes"
         self.extend = policy.compiled_extend if self.compiled else policy.extend
-        pad = -prefill.mask.shape[1] % 256 if self.compiled else 0
-        self.cache = policy.static_caches.get((rows, max_new_tokens)) or StaticCache(
-            config=policy.hf.config.get_text_config(), max_cache_len=max_new_tokens)
-        if self.compiled:
-            policy.static_caches[rows, max_new_tokens] = self.cache
+        (b, p), rows = prefill.mask.shape, len(prefill.mask) * num_samples
+        self.prompts = torch.arange(b)  # those that have rows left
+        cache = StaticCache(config=policy.hf.config.get_text_config(), max_cache_len=max_new_tokens)
+        self.cache = policy.static_caches.setdefault((rows, max_new_tokens), cache) if self.compiled else cache
         self.cache.reset()
         self.mask = prefill.mask.new_zeros(rows, max_new_tokens)
         self.position = prefill.next_position.repeat_interleave(num_samples, 0)                             # (rows,)
-        blocked = torch.zeros(len(prefill.mask), 1, prefill.mask.shape[1] + pad, device=policy.device)
-        blocked.masked_fill_(F.pad(prefill.mask, (0, pad))[:, None] == 0, -math.inf)                        # (B, 1, P)
+        pad = -p % 256 if self.compiled else 0
+        padding = torch.zeros(b, 1, p + pad, device=policy.device)
+        padding.masked_fill_(F.pad(prefill.mask, (0, pad))[:, None] == 0, -math.inf)
         for attention, layer in zip(policy.attentions, prefill.cache.layers):
-            attention.prefix = F.pad(layer.keys, (0, 0, 0, pad)), F.pad(layer.values, (0, 0, 0, pad)), blocked
+            attention.prefix = F.pad(layer.keys, (0, 0, 0, pad)), F.pad(layer.values, (0, 0, 0, pad)), padding
 
-    def keep(self, running: torch.Tensor, num_samples: int) -> tuple[torch.Tensor, int]:
-        """Drops finished rows, as far as every prompt keeps the same number of rows: (indices of those that stay, rows
-        per prompt). `running` is (rows,)."""
-        running = running.view(-1, num_samples)                                                             # (B, N)
-        images = running.any(1).nonzero()[:, 0]
-        n = int(running.sum(1).max())
-        order = running[images].int().argsort(dim=1, descending=True, stable=True)[:, :n]
-        rows = (images[:, None] * num_samples + order).flatten()
-        for layer in self.cache.layers:
+    def drop(self, finished: torch.Tensor) -> torch.Tensor:
+        """Drops finished rows, (rows,), as far as each prompt that goes on keeps as many; returns the rows that stay."""
+        running = ~finished.view(len(self.prompts), -1)                                                     # (B, N)
+        prompts = running.any(dim=1).nonzero()[:, 0]
+        first = running[prompts].int().argsort(dim=1, descending=True, stable=True)[:, :running.sum(dim=1).max()]
+        rows = (prompts[:, None] * running.shape[1] + first).flatten()
+        self.prompts, self.mask, self.position = self.prompts[prompts], self.mask[rows], self.position[rows]
+        for attention, layer in zip(self.policy.attentions, self.cache.layers):
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            attention.prefix = tuple(t[prompts] for t in attention.prefix)
+        return rows
+
+    def close(self):
+        """Gives the attention layers back to prefill and scoring."""
         for attention in self.policy.attentions:
-            attention.prefix = tuple(t[images] for t in attention.prefix)
-        self.mask, self.position = self.mask[rows], self.position[rows]
-        return rows, n
+            attention.prefix = None
 
     def advance(self, tokens: torch.Tensor) -> torch.Tensor:
         """Appends one token a row, (rows, 1); returns the hidden states that predict the next ones, (rows, d)."""
@@ -957,18 +952,17 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling: 
     if module.prefix is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    keys, values, blocked = module.prefix                                        # (B, key heads, P, d_head), (B, 1, P)
-    rows, heads, _, width = query.shape
-    (b, key_heads, p, _), n, shared = keys.shape, rows // len(keys), heads // keys.shape[1]
+    keys, values, padding = module.prefix                                        # (B, key heads, P, d_head), (B, 1, P)
+    (rows, heads, _, width), (b, key_heads, p, _) = query.shape, keys.shape
+    n, shared = rows // b, heads // key_heads
+    group = lambda t: t.view(b, n, key_heads, shared, -1).transpose(1, 2).reshape(b, key_heads, n * shared, -1)
+    ungroup = lambda t: t.view(b, key_heads, n, shared, -1).transpose(1, 2).reshape(rows, key_heads, shared, -1)
     query = query.view(rows, key_heads, shared, width) * scaling
-    own = query @ key.mT + torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, -math.inf)
-    # the N rows of a prompt are one batch of queries to its keys: (B, key heads, N * shared, P)
-    grouped = query.view(b, n, key_heads, shared, width).transpose(1, 2).reshape(b, key_heads, n * shared, width)
-    prompt = (grouped @ keys.mT + blocked[:, None]).view(b, key_heads, n, shared, p).transpose(1, 2)
-    weights = torch.cat([prompt.reshape(rows, key_heads, shared, p), own], dim=-1).float().softmax(-1).to(value.dtype)
-    grouped = weights[..., :p].view(b, n, key_heads, shared, p).transpose(1, 2).reshape(b, key_heads, n * shared, p)
-    prompt = (grouped @ values).view(b, key_heads, n, shared, width).transpose(1, 2).reshape(rows, key_heads, shared, width)
-    return (prompt + weights[..., p:] @ value).view(rows, 1, heads, width), None
+    prompt = ungroup(group(query) @ keys.mT + padding[:, None])                  # a prompt's rows are one batch of queries
+    own = (query @ key.mT).masked_fill(~attention_mask, -math.inf)
+    weights = torch.cat([prompt, own], dim=-1).float().softmax(dim=-1).to(value.dtype)
+    attended = ungroup(group(weights[..., :p]) @ values) + weights[..., p:] @ value
+    return attended.view(rows, 1, heads, width), None
 
 
 def checkpointed(forward, hidden: torch.Tensor) -> torch.Tensor:
@@ -1001,6 +995,11 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The backbone's dtype: bfloat16 on GPUs and float32 on the CPU, if --dtype does not say otherwise."""
+    return getattr(torch, {"cpu": "float32"}.get(device.type, "bfloat16") if config.dtype == "auto" else config.dtype)
+
+
 def check_model(config: Config):
     """Reads only the backbone's config.json. Raises UserError unless it is a vision-language model that can work."""
     from transformers import AutoConfig
@@ -1021,9 +1020,8 @@ def load_backbone(config: Config, device: torch.device):
     """(model, tokenizer, image processor) of a checkpoint, the model frozen."""
     import transformers
     check_model(config)
-    dtype = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
     try:
-        hf = transformers.AutoModelForImageTextToText.from_pretrained(config.model, dtype=getattr(torch, dtype))
+        hf = transformers.AutoModelForImageTextToText.from_pretrained(config.model, dtype=choose_dtype(config, device))
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         # the processor is taken apart since its video half needs torchvision; PIL pixels are the same everywhere
         image_processor = transformers.AutoImageProcessor.from_pretrained(config.model, backend="pil")
@@ -1998,115 +1996,114 @@ def format_result(name: str, result: dict, config: Config) -> str:
 QWEN_TEXT = {"max_position_embeddings": 32768, "initializer_range": 0.02}
 QWEN_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "initializer_range": 0.02,
                "fullatt_block_indexes": [7, 15, 23, 31]}
-SIZES = {  # text and vision tower; image (width, height); tokens of the prompt, a question and a solution
-    "tiny": ({"num_hidden_layers": 4}, {}, (168, 112), 570, 32, 64),
+SIZES = {  # text and vision tower, image size; tokens of the prompt, of a question and of a solution
+    "tiny": ({"num_hidden_layers": 4}, {}, (168, 112), (570, 32, 64)),
     "small": ({"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
-               "intermediate_size": 1280}, {"depth": 4, "hidden_size": 128}, (168, 112), 570, 32, 64),
-    "3b": ({**QWEN_TEXT, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
-            "intermediate_size": 11008, "vocab_size": 151936}, QWEN_VISION, (1008, 784), 1130, 128, 256),
-    "7b": ({**QWEN_TEXT, "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-            "intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False}, QWEN_VISION, (1008, 784), 1130,
-           128, 256)}
+               "intermediate_size": 1280}, {"depth": 4, "hidden_size": 128}, (168, 112), (570, 32, 64)),
+    "3b": ({**QWEN_TEXT, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "vocab_size": 151936,
+            "num_key_value_heads": 2, "intermediate_size": 11008}, QWEN_VISION, (1008, 784), (1130, 128, 256)),
+    "7b": ({**QWEN_TEXT, "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "vocab_size": 152064,
+            "num_key_value_heads": 4, "intermediate_size": 18944, "tie_word_embeddings": False},
+           QWEN_VISION, (1008, 784), (1130, 128, 256))}
 
 
 def bench(config: Config, args: argparse.Namespace):
     """Times training steps with rollouts of full length; a Proposer update counts with its share of the steps."""
     import platform
     import transformers
-    text, vision, image_size, prompt_tokens, question, solution = SIZES[args.size]
-    config = dataclasses.replace(config, max_new_tokens_proposer=args.question_tokens or question,
-                                 max_new_tokens_solver=args.solution_tokens or solution)
-    device = resolve_device(config.device)
-    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else torch.float32 if device.type == "cpu" else torch.bfloat16
+    text, vision, image_size, lengths = SIZES[args.size]
+    p, q, r = (given or usual for given, usual in zip((args.prompt_tokens, args.question_tokens, args.solution_tokens), lengths))
+    config = dataclasses.replace(config, max_new_tokens_proposer=q, max_new_tokens_solver=r)
+    device, n, b = resolve_device(config.device), config.num_rollouts, config.images_per_rank
+    gpu, dtype = device.type == "cuda", choose_dtype(config, device)
     policy = Policy(config, build_backbone([], text=text, vision=vision, device=device, dtype=dtype))
     policy.stop_ids = set()  # nothing ends a rollout early
     learners = {role: Learner(policy, role) for role in ROLES}
-    noise = torch.Generator().manual_seed(0)
-    images = [Image.fromarray(torch.randint(256, (*image_size[::-1], 3), generator=noise, dtype=torch.uint8).numpy())
-              for _ in range(config.images_per_rank)]
-    weights = sum(p.numel() for p in [*policy.hf.model.language_model.layers.parameters(), policy.hf.lm_head.weight])
-    visual = len(policy.encode_images(images[:1])[0].features)
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
-    print(f"{args.size}: {sum(p.numel() for p in policy.hf.parameters()) / 1e6:.1f} M parameters, {str(dtype)[6:]}, {kind}; "
-          f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}\n"
-          f"{config.images_per_rank} image(s) x {config.num_rollouts} rollouts a step, prompt {args.prompt_tokens or prompt_tokens} "
-          f"tokens ({visual} visual), question {config.max_new_tokens_proposer}, solution {config.max_new_tokens_solver}\n")
+    images = [Image.effect_noise(image_size, 100).convert("RGB") for _ in range(b)]
+    weights = sum(w.numel() for w in [*policy.hf.model.language_model.layers.parameters(), policy.hf.lm_head.weight])
+    kind = torch.cuda.get_device_name(device) if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    print(f"{args.size}: {sum(w.numel() for w in policy.hf.parameters()) / 1e6:.1f} M parameters, {dtype}, {kind}; Python "
+          f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}\n{b} image(s) x "
+          f"{n} rollouts a step; prompt {p} tokens, question {q}, solution {r}")
 
-    def one_step(step: int, n: int, prompt_tokens: int) -> dict[str, float]:
-        """Seconds in each phase of a step like that of `train`."""
-        policy.clock.lap()
-        with policy.clock.phase("propose"):
-            prompts = [Prompt(image, "x" * prompt_tokens) for image in policy.encode_images(images)]
-            excess = len(policy.prompt_ids(prompts[0])) - prompt_tokens
-            prompts = [Prompt(p.image, "x" * (prompt_tokens - excess)) for p in prompts]  # a token each
-            proposals = policy.sample("proposer", prompts, 1, config.max_new_tokens_proposer, 1.0, 2 * step)
-        with policy.clock.phase("solve"):
-            rollouts = policy.sample("solver", prompts, n, config.max_new_tokens_solver, 1.0, 2 * step + 1)
-        learners["solver"].update(prompts, rollouts, [[float(i % 2) for i in range(n)] for _ in prompts])
-        seconds = Counter(policy.clock.lap())
-        learners["proposer"].update(prompts, proposals, [[float(i % 2)] for i in range(len(prompts))])
-        for name, more in policy.clock.lap().items():  # comes every few steps only
-            seconds[name] += more / config.proposer_every
-        return seconds
-
-    n, p, r, q = config.num_rollouts, args.prompt_tokens or prompt_tokens, config.max_new_tokens_solver, config.max_new_tokens_proposer
-    one_step(0, n, p)  # warm-up: allocator, caches, compilation
-    if device.type == "cuda":
+    bench_step(policy, learners, images, p, n, 0)  # warm-up: allocator, caches, compilation
+    if gpu:
         torch.cuda.reset_peak_memory_stats(device)
     ours, naive = [], []
     for step in range(1, args.steps + 1):
-        ours.append(one_step(step, n, p))
+        ours.append(bench_step(policy, learners, images, p, n, step))
         if args.compare == "naive":  # in turn, so that both meet the same machine
             naive.append(naive_step(policy, learners, images, p, n))
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    phases = {name: statistics.median(t.get(name, 0.0) for t in ours) for name in
+    phases = {name: statistics.median(t[name] for t in ours) for name in
               ("propose", "solve", "reference", "gradient", "optimizer", "other")}
     totals = [sum(t.values()) for t in ours]
-    seconds, count = statistics.median(totals), config.images_per_rank
+    seconds, sampling, scoring = (statistics.median(totals), phases["propose"] + phases["solve"],
+                                  phases["reference"] + phases["gradient"])
     bandwidth, flops = machine_limits(device, dtype)
-    size = weights * torch.finfo(dtype).bits // 8
-    decode_floor = q * max(size / bandwidth, 2 * weights * count / flops) + r * max(size / bandwidth, 2 * weights * count * n / flops)
-    scored = count * (p + n * r + (p + q) / config.proposer_every)  # tokens; the backward pass costs another forward's
-    floor = decode_floor + (2 * count * p + 3 * scored) * 2 * weights / flops
+    decode = sum(tokens * max(weights * dtype.itemsize / bandwidth, 2 * weights * rows / flops)
+                 for tokens, rows in ((q, b), (r, b * n)))
+    scored = b * (p + n * r + (p + q) / config.proposer_every)  # tokens; the backward pass costs another forward's
+    result = {
+        "seconds_per_step": seconds, "phases": phases, "tokens_per_second": b * (q + n * r) / seconds,
+        "images_per_hour": 3600 * b / seconds, "naive_seconds_per_step": statistics.median(naive) if naive else None,
+        "ratio": statistics.median(x / y for x, y in zip(naive, totals)) if naive else None,
+        "floor_seconds": decode + 2 * weights * (2 * b * p + 3 * scored) / flops,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if gpu else
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     for name, value in phases.items():
-        print(f"{name:<10} {value:9.3f} s {value / seconds:6.0%}")
-    print(f"{'step':<10} {seconds:9.3f} s   (median of {len(totals)}, {min(totals):.3f} to {max(totals):.3f})\n"
-          f"floor      {floor:9.3f} s   of this machine at {bandwidth / 1e9:.1f} GB/s and {flops / 1e12:.3f} TFLOP/s, measured now\n"
-          f"decoding {count * (q + n * r) / (phases['propose'] + phases['solve']):.0f} tokens/s, "
-          f"{decode_floor / (phases['propose'] + phases['solve']):.0%} of its floor; scoring "
-          f"{scored / (phases['reference'] + phases['gradient']):.0f} tokens/s; {3600 * count / seconds:.0f} images/hour; "
-          f"peak memory {peak / 2 ** 30:.2f} GiB")
-    result = {"seconds_per_step": seconds, "phases": phases, "tokens_per_second": count * (q + n * r) / seconds,
-              "images_per_hour": 3600 * count / seconds, "peak_memory_bytes": int(peak), "naive_seconds_per_step": None,
-              "ratio": None, "floor_seconds": floor}
+        print(f"{name:<10} {value:9.3f} s {value / seconds:5.0%}")
+    print(f"{'step':<10} {seconds:9.3f} s   median of {len(totals)}, {min(totals):.3f} to {max(totals):.3f}\n"
+          f"{'floor':<10} {result['floor_seconds']:9.3f} s   at this machine's {bandwidth / 1e9:.1f} GB/s and "
+          f"{flops / 1e12:.3f} TFLOP/s, measured now\n"
+          f"sampling {b * (q + n * r) / sampling:.0f} tokens/s, its decoding floor is {decode / sampling:.0%} of it; scoring "
+          f"{scored / scoring:.0f} tokens/s; {result['images_per_hour']:.0f} images/hour; peak memory "
+          f"{result['peak_memory_bytes'] / 2 ** 30:.2f} GiB")
     if naive:
-        ratios = sorted(b / a for a, b in zip(totals, naive))
-        result |= {"naive_seconds_per_step": statistics.median(naive), "ratio": statistics.median(ratios)}
-        print(f"naive      {result['naive_seconds_per_step']:9.3f} s   {result['ratio']:.2f} times ours ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        ratios = [x / y for x, y in zip(naive, totals)]
+        print(f"{'naive':<10} {result['naive_seconds_per_step']:9.3f} s   {result['ratio']:.2f} times ours, {min(ratios):.2f} to "
+              f"{max(ratios):.2f}")
     if args.sweep:
-        print(f"\nCost of scoring, solutions of {r} tokens: seconds grow with P + N R, not with N (P + R)\n"
-              "    N     P   P + N R   N (P + R)   seconds   us per token of P + N R")
+        print(f"\nThe Solver's scoring, solutions of {r} tokens: its cost grows with P + N R, not with N (P + R)\n"
+              "    N     P   P + N R  N (P + R)   seconds   us per token of P + N R")
         for n, p in itertools.product((2, 5, 16), (100, 600, 1200)):
-            times = [one_step(step, n, max(p, visual + 30)) for step in range(args.steps)]
-            solver = (p + n * r) / (p + n * r + (p + q) / config.proposer_every)  # the Solver's part of the scoring
-            score = statistics.median(t["reference"] + t["gradient"] for t in times) / count * solver
-            print(f"{n:5d} {p:5d} {p + n * r:9d} {n * (p + r):11d} {score:9.3f} {1e6 * score / (p + n * r):12.0f}")
+            times = [bench_step(policy, learners, images, p, n, step) for step in range(args.steps)]
+            share = (p + n * r) / (p + n * r + (p + q) / config.proposer_every)  # the rest is the Proposer's
+            score = statistics.median(t["reference"] + t["gradient"] for t in times) / b * share
+            print(f"{n:5d} {p:5d} {p + n * r:9d} {n * (p + r):10d} {score:9.3f} {1e6 * score / (p + n * r):12.0f}")
     write_json(args.json, result)
 
 
-def naive_step(policy: Policy, learners: dict[str, Learner], images: list[Image.Image], prompt_tokens: int, n: int) -> float:
+def bench_prompt(policy: Policy, features: torch.Tensor, grid: torch.Tensor, tokens: int) -> Prompt:
+    """A prompt of that many tokens, or of as few as the image and the chat template allow."""
+    image = EncodedImage(features, grid)
+    return Prompt(image, "x" * (tokens - len(policy.prompt_ids(Prompt(image, "")))))  # a token each
+
+
+def bench_step(policy: Policy, learners: dict[str, Learner], images: list, prompt_tokens: int, n: int, step: int) -> Counter:
+    """Seconds in each phase of a step like that of `train`."""
+    config, clock = policy.config, policy.clock
+    clock.lap()
+    with clock.phase("propose"):
+        prompts = [bench_prompt(policy, i.features, i.grid, prompt_tokens) for i in policy.encode_images(images)]
+        proposals = policy.sample("proposer", prompts, 1, config.max_new_tokens_proposer, 1.0, 2 * step)
+    with clock.phase("solve"):
+        rollouts = policy.sample("solver", prompts, n, config.max_new_tokens_solver, 1.0, 2 * step + 1)
+    learners["solver"].update(prompts, rollouts, [[float(i % 2) for i in range(n)] for _ in prompts])
+    seconds = Counter(clock.lap())
+    learners["proposer"].update(prompts, proposals, [[float(i % 2)] for i in range(len(prompts))])
+    return seconds + Counter({name: more / config.proposer_every for name, more in clock.lap().items()})
+
+
+def naive_step(policy: Policy, learners: dict[str, Learner], images: list, prompt_tokens: int, n: int) -> float:
     """Seconds of the straightforward loop on the same work: every rollout is generated alone with its image, and scored
     by full forwards of its own, policy and reference, with the image encoded each time."""
     config, clock = policy.config, policy.clock
     clock.lap()
-    for learner in learners.values():
-        learner.optimizer.zero_grad(set_to_none=True)
     for image in images:
         pixels = policy.image_processor(images=[image], return_tensors="pt").to(policy.device)
         pixels["pixel_values"] = pixels["pixel_values"].to(policy.hf.dtype)
-        visual = EncodedImage(torch.empty(int(pixels["image_grid_thw"].prod()) // 4), torch.empty(0))
-        excess = len(policy.prompt_ids(Prompt(visual, ""))) - prompt_tokens
-        prompt = torch.tensor([policy.prompt_ids(Prompt(visual, "x" * -excess))], device=policy.device)       # (1, P)
+        visual = torch.empty(int(pixels["image_grid_thw"].prod()) // 4)
+        prompt = torch.tensor([policy.prompt_ids(bench_prompt(policy, visual, visual, prompt_tokens))], device=policy.device)
         inputs = lambda ids: {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels,
                               "mm_token_type_ids": (ids == policy.image_token_id).int()}
         for role, count, new in (("proposer", 1, config.max_new_tokens_proposer), ("solver", n, config.max_new_tokens_solver)):
@@ -2123,14 +2120,16 @@ def naive_step(policy: Policy, learners: dict[str, Learner], images: list[Image.
     for learner in learners.values():
         torch.nn.utils.clip_grad_norm_(learner.parameters, config.grad_clip)
         learner.optimizer.step()
+        learner.optimizer.zero_grad(set_to_none=True)
     seconds = clock.lap()
     return sum(seconds.values()) - seconds["score proposer"] * (1 - 1 / config.proposer_every)
 
 
 def machine_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """(bytes a second read from memory, floating-point operations a second of a matrix product), each the best of 5."""
-    block = torch.ones(2 ** (31 if device.type == "cuda" else 27), dtype=torch.int8, device=device).view(torch.float32)
-    square = torch.ones(2 ** (13 if device.type == "cuda" else 10), 2 ** (13 if device.type == "cuda" else 10), dtype=dtype, device=device)
+    big = 1 if device.type == "cpu" else 8
+    block = torch.ones(big * 2 ** 25, device=device)
+    square = torch.ones(big * 2 ** 10, big * 2 ** 10, dtype=dtype, device=device)
 
     def best(work) -> float:
         times = []

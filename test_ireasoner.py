@@ -596,6 +596,59 @@ def test_bfloat16_backbone_keeps_float32_adapters_and_agrees_with_itself(world):
     assert gaps.mean() < 0.05 and all(torch.isfinite(k).all() for k in scores.kl)
 
 
+def test_finished_rows_are_dropped_and_nothing_changes(policy, monkeypatch):
+    """Rows that stop early leave the batch, whole prompts too; the others' tokens and log-probabilities stay the same."""
+    prompts = [Prompt(image(i), ir.solver_prompt("What is red plus blue?")) for i in range(6)]
+    policy.stop_ids = {c.token_ids[t] for t, c in zip((2, 3, 4, 5, 9), policy.sample("solver", prompts, 5, 40, seed=4)[0])}
+    sizes, advance = [], ir.Decoder.advance
+    monkeypatch.setattr(ir.Decoder, "advance", lambda self, tokens: (sizes.append(len(tokens)), advance(self, tokens))[1])
+    dropped = policy.sample("solver", prompts, 5, 40, seed=4)
+    monkeypatch.setattr(ir.Decoder, "drop", lambda self, finished: torch.arange(len(finished)))
+    whole = policy.sample("solver", prompts, 5, 40, seed=4)
+    assert len(set(sizes)) > 2 and all(module.prefix is None for module in policy.attentions)
+    for a, b in zip([c for g in dropped for c in g], [c for g in whole for c in g]):
+        assert a.token_ids == b.token_ids and a.finished == b.finished
+        torch.testing.assert_close(a.logprobs, b.logprobs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_decoding_gives_the_same_tokens(world, policy):
+    compiled = Policy(Config(model=str(world / "model"), compile="yes"))
+    compiled.hf.load_state_dict(policy.hf.state_dict())
+    for seed in (1, 2):  # the second time on the same static cache
+        prompts = prompts_of_unequal_length()[:2] if seed == 1 else prompts_of_unequal_length()[1:]
+        for a, b in zip(policy.sample("solver", prompts, 3, 24, seed=seed), compiled.sample("solver", prompts, 3, 24, seed=seed)):
+            assert [c.token_ids for c in a] == [c.token_ids for c in b]
+            for x, y in zip(a, b):
+                torch.testing.assert_close(x.logprobs, y.logprobs, atol=2e-5, rtol=1e-5)
+
+
+def test_grad_checkpointing_saves_memory_and_changes_no_gradient(world, policy):
+    prompt = policy.with_features([Prompt(image(1), ir.solver_prompt("What is red plus blue?"))])[0]
+    completions = policy.sample("solver", [prompt], 3, 24)[0]
+    results = []
+    for setting in ("no", "yes"):
+        other = Policy(Config(model=str(world / "model"), grad_checkpointing=setting))
+        other.hf.load_state_dict(policy.hf.state_dict())
+        kept = {}
+        note = lambda t: kept.setdefault(t.data_ptr(), t.nbytes) and t
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            loss = torch.cat(other.score("solver", prompt, completions).logprobs).sum()
+        with other.adapter("solver"):
+            results.append((sum(kept.values()), torch.autograd.grad(loss, other.parameters("solver"))))
+    assert results[1][0] < 0.75 * results[0][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
+
+
+def test_logits_exist_for_a_chunk_of_tokens_at_a_time(policy, monkeypatch):
+    prompts = policy.with_features([Prompt(image(1), "Hi.")])
+    policy.stop_ids = set()
+    completions, rows = policy.sample("solver", prompts, 40, 40)[0], []
+    policy.hf.lm_head.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    torch.cat(policy.score("solver", prompts[0], completions).logprobs).sum().backward()
+    assert sum(rows) >= 3 * 1600 and max(rows) <= 512  # reference, policy, and the policy again in the backward pass
+
+
 # ---- Update -----------------------------------------------------------------------------------------------------------
 
 
@@ -1162,6 +1215,16 @@ def test_run_8gpu_runs_on_a_laptop(world, tmp_path):
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def test_bench_times_both_loops(tmp_path, capsys):
+    assert ir.main(["bench", "--size", "tiny", "--steps", "1", "--compare", "naive", "--prompt_tokens", "80", "--question_tokens", "3",
+                    "--solution_tokens", "4", "--num_rollouts", "2", "--json", str(tmp_path / "bench.json")]) == 0
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert set(report) == {"seconds_per_step", "phases", "tokens_per_second", "images_per_hour", "peak_memory_bytes",
+                           "naive_seconds_per_step", "ratio", "floor_seconds"}
+    assert sum(report["phases"].values()) == pytest.approx(report["seconds_per_step"], rel=0.01)
+    assert all(value > 0 for name, value in report.items() if name != "phases") and "times ours" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="session")
