@@ -12,11 +12,11 @@ Multimodal Models", in one file, in the order of the paper. One training step:
     python ireasoner.py demo                                   # laptop: watch a tiny Qwen2.5-VL improve, no download
     python ireasoner.py --data images                          # one GPU: train Qwen2.5-VL-7B on a folder of images
     torchrun --nproc_per_node=8 ireasoner.py --data images     # one node of eight
-    python ireasoner.py ask IMAGE QUESTION | eval FILE.jsonl | --help
+    python ireasoner.py ask IMAGE QUESTION | eval FILE.jsonl | bench | --help
 
 Sections: Config | 3.1 Prompts and parsing | 3.1 Answers: Eq 1 | 3.2 Steps: Eq 2-4, Figure 7 | 3.3 Rewards: Eq 5, 6
-          Policy: one backbone, two adapters | 3.3 Update: Eq 7, 8 | Images | Run folder | Training loop
-          ask, eval | The dice world (demo) | Command line
+          Policy: one backbone, two adapters | 3.3 Update: Eq 7, 8 | Ranks | Images | Run folder | Training loop
+          The dice world (demo) | ask, eval | bench | Command line
 
 Where the released code of the authors differs from the paper, this file follows the paper; README.md lists each place.
 
@@ -36,7 +36,6 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import statistics
@@ -75,7 +74,7 @@ class TrainingStopped(Exception):
         self.status = status
 
 
-# ---- Config: one line makes the field, its flag, its --help text, its check and its entry in config.json -
+# ---- Config: one line makes the field, its flag, its --help text, its check and its entry in config.json -------------
 
 def setting(default, meaning: str, within="", resumable=False):
     """A field of Config. `within` is an interval such as "(0, 1]" or a tuple of allowed words; `resumable` settings may
@@ -135,7 +134,7 @@ class Config:
     # machine and bookkeeping
     device: str = setting("auto", "auto, cpu, cuda or cuda:N (ROCm GPUs are called cuda too) [ours]", "", True)
     dtype: str = setting("auto", "backbone; auto: bfloat16 on GPU, else float32 [4.1]", ("auto", "float32", "bfloat16"))
-    score_tokens: int = setting(16384, "tokens in a gradient pass; lower it if memory runs out [ours]", "[1, inf)", True)
+    score_tokens: int = setting(4096, "tokens in a gradient pass; lower it if memory runs out [ours]", "[1, inf)", True)
     grad_checkpointing: str = setting("no", "yes: the backward pass computes MLP activations again, which saves most of "
                                       "its memory [ours]", ("no", "yes"), True)
     compile: str = setting("no", "yes: decode with torch.compile and a static cache; pays on GPUs [ours]", ("no", "yes"),
@@ -847,8 +846,10 @@ class Policy:
     def score(self, role: str | None, prompt: Prompt, completions: list[Completion],
               temperature: float = 1.0) -> Scores:
         """Log-probabilities of sampled completions, conditioned on the image, and their KL to the reference."""
+        if not completions:
+            return Scores([], [])
         prompt = self.with_features([prompt])[0]
-        token_ids = torch.tensor([t for c in completions for t in c.token_ids], device=self.device)           # (M,)
+        token_ids = torch.tensor([t for c in completions for t in c.token_ids], device=self.device)         # (M,)
         with self.clock.phase("reference"), torch.no_grad(), self.adapter(None):
             ref_hidden = self.completion_hidden(prompt, completions)                                        # (M, d)
         hidden = ref_hidden
@@ -906,7 +907,7 @@ class Decoder:
         self.policy, self.filled, self.compiled = policy, 0, policy.config.compile == "yes"
         self.extend = policy.compiled_extend if self.compiled else policy.extend
         (b, p), rows = prefill.mask.shape, len(prefill.mask) * num_samples
-        self.prompts = torch.arange(b)  # those that have rows left
+        self.num_prompts = b  # those that have rows left
         cache = StaticCache(config=policy.hf.config.get_text_config(), max_cache_len=max_new_tokens)
         self.cache = policy.static_caches.setdefault((rows, max_new_tokens), cache) if self.compiled else cache
         self.cache.reset()
@@ -920,11 +921,11 @@ class Decoder:
 
     def drop(self, finished: torch.Tensor) -> torch.Tensor:
         """Drops finished rows, (rows,), as far as each prompt that goes on keeps as many; returns the rows that stay."""
-        running = ~finished.view(len(self.prompts), -1)                                                     # (B, N)
+        running = ~finished.view(self.num_prompts, -1)                                                     # (B, N)
         prompts = running.any(dim=1).nonzero()[:, 0]
         first = running[prompts].int().argsort(dim=1, descending=True, stable=True)[:, :running.sum(dim=1).max()]
         rows = (prompts[:, None] * running.shape[1] + first).flatten()
-        self.prompts, self.mask, self.position = self.prompts[prompts], self.mask[rows], self.position[rows]
+        self.num_prompts, self.mask, self.position = len(prompts), self.mask[rows], self.position[rows]
         for attention, layer in zip(self.policy.attentions, self.cache.layers):
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
             attention.prefix = tuple(t[prompts] for t in attention.prefix)
@@ -1497,48 +1498,56 @@ def train(config: Config) -> Path:
     stream[0]  # at least one image must be readable, known before the model loads
     check_model(config)
     join_ranks(device)
-    run, step, images = run_folder(config), 0, 0
-    with only_run_in(run), rank_failures(), stop_signals() as signals:
+    run, unsaved = run_folder(config), None
+    with only_run_in(run), rank_failures():
         checkpoint_folder = open_run(run, config)
         policy = Policy(config)
-        clock, learners = policy.clock, {role: Learner(policy, role) for role in ROLES}
-        if checkpoint_folder:
-            step, images = load_checkpoint(checkpoint_folder, policy, learners)
-        log, unsaved = Log(run, config, policy.clock, step, len(stream.paths)), None
-
-        while step < config.total_steps:
-            step += 1
-            torch.manual_seed(derive_seed(config.seed, step, rank()))  # for LoRA dropout; sampling has its own keys
-            lam = config.lambda_max if config.lambda_schedule == "constant" else step_reward_weight(
-                step, config.total_steps, config.lambda_max, config.warmup_frac)
-            with clock.phase("propose"):
-                episodes = propose(policy, stream, step, images)
-            with clock.phase("solve"):
-                asked = solve(policy, episodes, step)
-            with clock.phase("reward"):
-                for e in asked:
-                    e.rewards = group_rewards(e.rollouts, [policy.embed_steps(r.steps) for r in e.rollouts], lam, config)
-            stats = {"solver": learners["solver"].update(
-                [Prompt(e.image, solver_prompt(e.question)) for e in asked], [e.completions for e in asked],
-                [e.rewards.r_sol for e in asked])}
-            if step % config.proposer_every == 0:
-                stats["proposer"] = learners["proposer"].update(
-                    [Prompt(e.image, proposer_prompt()) for e in episodes], [[e.proposal] for e in episodes],
-                    [[e.r_prop] for e in episodes])
-            images += world_size() * config.images_per_rank
-            log.step(step, episodes, lam, stats)
-            stop = all_sum(len(signals))[0] > 0  # a signal to any rank stops all of them after the same step
-            if rank() == 0 and (stop or step % config.save_every == 0 or step == config.total_steps):
-                unsaved = save_checkpoint(run, step, images, policy, learners)
-            if stop and step < config.total_steps:
-                saved = f"could not be saved ({unsaved})" if unsaved else "is saved. Add --resume to go on"
-                raise TrainingStopped(f"{run}: stopped by a signal after step {step}, which {saved}." if rank() == 0 else "",
-                                      128 + (signals or [signal.SIGTERM])[0])
+        learners = {role: Learner(policy, role) for role in ROLES}
+        step, images = load_checkpoint(checkpoint_folder, policy, learners) if checkpoint_folder else (0, 0)
+        log = Log(run, config, policy.clock, step, len(stream.paths))
+        with stop_signals() as signals:
+            while step < config.total_steps:
+                step += 1
+                lam = config.lambda_max if config.lambda_schedule == "constant" else step_reward_weight(
+                    step, config.total_steps, config.lambda_max, config.warmup_frac)
+                episodes, stats = train_step(policy, learners, stream, step, images, lam)
+                images += world_size() * config.images_per_rank
+                log.step(step, episodes, lam, stats)
+                stop = all_sum(len(signals))[0] > 0  # a signal to any rank stops all of them after the same step
+                if rank() == 0 and (stop or step % config.save_every == 0 or step == config.total_steps):
+                    unsaved = save_checkpoint(run, step, images, policy, learners)
+                if stop and step < config.total_steps:
+                    saved = f"could not be saved ({unsaved})" if unsaved else "is saved. Add --resume to go on"
+                    raise TrainingStopped(
+                        f"{run}: stopped by a signal after step {step}, which {saved}." if rank() == 0 else "",
+                        128 + (signals or [signal.SIGTERM])[0])
     if unsaved:
-        raise TrainingStopped(f"{run}: training is done, but its last checkpoint could not be saved ({unsaved}). Make room "
-                              "and add --resume to repeat the steps since the newest checkpoint.")
+        raise TrainingStopped(f"{run}: training is done, but its last checkpoint could not be saved ({unsaved}). Make "
+                              "room and add --resume to repeat the steps since the newest checkpoint.")
     say(f"done: {run}/step_{step:06d} holds both adapters")
     return run
+
+
+def train_step(policy: Policy, learners: dict[str, Learner], stream: ImageStream, step: int, first_image: int,
+               lam: float) -> tuple[list[Episode], dict]:
+    """One step: propose, solve, reward, update. Returns this rank's episodes and the statistics of the updates."""
+    config, clock = policy.config, policy.clock
+    torch.manual_seed(derive_seed(config.seed, step, rank()))  # for LoRA dropout; sampling has keys of its own
+    with clock.phase("propose"):
+        episodes = propose(policy, stream, step, first_image)
+    with clock.phase("solve"):
+        asked = solve(policy, episodes, step)
+    with clock.phase("reward"):
+        for e in asked:
+            e.rewards = group_rewards(e.rollouts, [policy.embed_steps(r.steps) for r in e.rollouts], lam, config)
+    stats = {"solver": learners["solver"].update(
+        [Prompt(e.image, solver_prompt(e.question)) for e in asked], [e.completions for e in asked],
+        [e.rewards.r_sol for e in asked])}
+    if step % config.proposer_every == 0:
+        stats["proposer"] = learners["proposer"].update(
+            [Prompt(e.image, proposer_prompt()) for e in episodes], [[e.proposal] for e in episodes],
+            [[e.r_prop] for e in episodes])
+    return episodes, stats
 
 
 def propose(policy: Policy, stream: ImageStream, step: int, first_image: int) -> list[Episode]:
@@ -2010,6 +2019,7 @@ SIZES = {  # text and vision tower, image size; tokens of the prompt, of a quest
 def bench(config: Config, args: argparse.Namespace):
     """Times training steps with rollouts of full length; a Proposer update counts with its share of the steps."""
     import platform
+    import resource
     import transformers
     text, vision, image_size, lengths = SIZES[args.size]
     p, q, r = (given or usual for given, usual in zip((args.prompt_tokens, args.question_tokens, args.solution_tokens), lengths))
