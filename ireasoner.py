@@ -135,16 +135,15 @@ class Config:
     device: str = setting("auto", "auto, cpu, cuda or cuda:N (ROCm GPUs are called cuda too) [ours]", "", True)
     dtype: str = setting("auto", "backbone; auto: bfloat16 on GPU, else float32 [4.1]", ("auto", "float32", "bfloat16"))
     score_tokens: int = setting(4096, "tokens in a gradient pass; lower it if memory runs out [ours]", "[1, inf)", True)
-    grad_checkpointing: str = setting("no", "yes: the backward pass computes MLP activations again, which saves most of "
-                                      "its memory [ours]", ("no", "yes"), True)
-    compile: str = setting("no", "yes: decode with torch.compile and a static cache; pays on GPUs [ours]", ("no", "yes"),
-                           True)
+    grad_checkpointing: str = setting("no", "yes: the backward pass computes MLP activations again; saves most of "
+                                      "their memory [ours]", ("no", "yes"), True)
+    compile: str = setting("no", "yes: compile the decoding step; pays on GPUs [ours]", ("no", "yes"), True)
     seed: int = setting(0, "of adapters, data order and sampling [ours]", "[0, inf)")
     save_every: int = setting(50, "steps between checkpoints [ours]", "[1, inf)", True)
     keep_checkpoints: int = setting(3, "newest checkpoints kept [ours]", "[1, inf)", True)
-    keep_best: str = setting("r_sol", "and the one with the best mean of this metric since the checkpoint before; a minus "
-                             "in front: less is better [ours]", ("none", "r_sol", "r_ans", "r_step", "majority_share",
-                                                                 "-entropy", "-kl_solver", "-invalid_share"), True)
+    keep_best: str = setting("r_sol", "and the one with the best mean of this metric over the save_every steps before; "
+                             "minus: less is better [ours]", ("none", "r_sol", "r_ans", "r_step", "majority_share",
+                                                              "-entropy", "-kl_solver", "-invalid_share"), True)
     show_every: int = setting(25, "steps between printed rollout groups, 0 for none [ours]", "[0, inf)", True)
 
     def __init__(self, **given):
@@ -290,7 +289,7 @@ def split_steps(think: str, max_steps: int = 8) -> list[str]:
         steps = [_STEP_WORD.sub("", body.strip(), count=1) for body in _STEP_TAG.findall(think)]
     else:
         for k in range(2, max_steps + 2):  # a trace in one line; later mentions of step k stay where they are
-            think = re.sub(rf"(?<=[^\s#>*_+•-])\s+(?=(?:\*\*|__)?step\s+{k}\s*(?:\*\*|__)?\s*:)", "\n", think, count=1, flags=re.I)
+            think = re.sub(rf"(?<=[^\s#>*_+•-])\s+(?=(?:\*\*|__)?step\s+{k}\s*(?:\*\*|__)?\s*:)", "\n", think, 1, re.I)
         steps, lines = [], think.split("\n")
         marker = next((m for m in (_STEP_WORD, _NUMBERED) if any(map(m.match, lines))), None)
         for line in lines if marker else []:
@@ -920,7 +919,7 @@ class Decoder:
             attention.prefix = F.pad(layer.keys, (0, 0, 0, pad)), F.pad(layer.values, (0, 0, 0, pad)), padding
 
     def drop(self, finished: torch.Tensor) -> torch.Tensor:
-        """Drops finished rows, (rows,), as far as each prompt that goes on keeps as many; returns the rows that stay."""
+        """Drops finished rows, (rows,), as far as all prompts that go on keep as many; returns the rows that stay."""
         running = ~finished.view(self.num_prompts, -1)                                                     # (B, N)
         prompts = running.any(dim=1).nonzero()[:, 0]
         first = running[prompts].int().argsort(dim=1, descending=True, stable=True)[:, :running.sum(dim=1).max()]
@@ -959,7 +958,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling: 
     group = lambda t: t.view(b, n, key_heads, shared, -1).transpose(1, 2).reshape(b, key_heads, n * shared, -1)
     ungroup = lambda t: t.view(b, key_heads, n, shared, -1).transpose(1, 2).reshape(rows, key_heads, shared, -1)
     query = query.view(rows, key_heads, shared, width) * scaling
-    prompt = ungroup(group(query) @ keys.mT + padding[:, None])                  # a prompt's rows are one batch of queries
+    prompt = ungroup(group(query) @ keys.mT + padding[:, None])                  # a prompt's rows: a batch of queries
     own = (query @ key.mT).masked_fill(~attention_mask, -math.inf)
     weights = torch.cat([prompt, own], dim=-1).float().softmax(dim=-1).to(value.dtype)
     attended = ungroup(group(weights[..., :p]) @ values) + weights[..., p:] @ value
@@ -1125,8 +1124,8 @@ class Learner:
         if not (math.isfinite(grad_norm) and math.isfinite(kl)):
             self.skips_in_a_row += 1
             if self.skips_in_a_row == 5:
-                raise TrainingStopped(f"the {self.role}'s loss or gradient was not finite in 5 updates in a row (gradient "
-                                      f"norm {grad_norm}, KL {kl}). Look at kl_{self.role} and grad_norm_{self.role} in "
+                raise TrainingStopped(f"the {self.role}'s loss or gradient was not finite in 5 updates in a row (norm "
+                                      f"{grad_norm}, KL {kl}). Look at kl_{self.role} and grad_norm_{self.role} in "
                                       "metrics.jsonl before it; lower --lr, or try --dtype float32.")
             return {**stats, "skipped": 1}
         self.skips_in_a_row = 0
@@ -1194,8 +1193,8 @@ def rank_failures():
         yield
     except RuntimeError as error:
         if world_size() > 1 and (isinstance(error, dist.DistError) or re.search("gloo|nccl|socket", str(error), re.I)):
-            raise TrainingStopped(f"rank {rank()} lost another rank ({str(error).splitlines()[0][:120]}). The first error "
-                                  "above says why. Add --resume to continue from the newest checkpoint.") from error
+            raise TrainingStopped(f"rank {rank()} lost another rank ({str(error).splitlines()[0][:120]}). The first "
+                                  "error above says why. Add --resume to go on from the newest checkpoint.") from error
         raise
 
 
@@ -1229,6 +1228,14 @@ def all_sum(*values: float) -> list[float]:
     return total.tolist()
 
 
+def from_rank_0(decide):
+    """What `decide()` returns on rank 0, where alone it runs."""
+    box = [decide() if rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
 def gather(value) -> list:
     """The value of every rank, in order of rank, on rank 0; an empty list elsewhere."""
     if not dist.is_initialized():
@@ -1257,8 +1264,15 @@ def list_images(data: str) -> list[Path]:
     for source in [data] if Path(data).exists() else [part for part in data.split(",") if part]:
         source = Path(source).expanduser()
         if source.is_dir():
-            found = sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES
-                           and not any(part.startswith(".") for part in p.relative_to(source).parts))
+            found, visited = [], set()
+            for folder, subfolders, names in os.walk(source, followlinks=True):
+                if os.path.realpath(folder) in visited:  # by a link back up
+                    subfolders.clear()
+                    continue
+                visited.add(os.path.realpath(folder))
+                subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+                found += [Path(folder, n) for n in sorted(names)
+                          if Path(n).suffix.lower() in IMAGE_SUFFIXES and not n.startswith(".")]
         elif source.is_file() and source.suffix.lower() not in IMAGE_SUFFIXES:
             try:
                 lines = source.read_text(encoding="utf-8-sig").splitlines()
@@ -1341,7 +1355,7 @@ def only_run_in(run: Path):
         if rank() == 0:
             lock.acquire()
     except Timeout as error:
-        raise UserError(f"{run}: another run is writing there now. Wait for it, or choose another --run_name.") from error
+        raise UserError(f"{run}: another run is writing there. Wait for it, or choose another --run_name.") from error
     except OSError as error:
         raise UserError(f"{run}: cannot be written ({error.strerror}). Choose another --output_dir or --run_name."
                         ) from error
@@ -1382,10 +1396,14 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def start_run(run: Path, config: Config, last_step: int):
     """Writes the settings, cuts the logs back to the step from which the run continues, and removes leftovers."""
-    write_atomically(run / "config.json", [json.dumps(dataclasses.asdict(config), indent=2) + "\n"])
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        kept = (row for row in read_jsonl(run / name) if row["step"] <= last_step)
-        write_atomically(run / name, (json.dumps(row) + "\n" for row in kept))
+    try:
+        write_atomically(run / "config.json", [json.dumps(dataclasses.asdict(config), indent=2) + "\n"])
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            kept = (row for row in read_jsonl(run / name) if row["step"] <= last_step)
+            write_atomically(run / name, (json.dumps(row) + "\n" for row in kept))
+    except OSError as error:
+        raise UserError(f"{run}: cannot be written ({error.strerror}). Make room, or choose another --output_dir."
+                        ) from error
     for part in run.glob(".step_*.part"):
         shutil.rmtree(part)
 
@@ -1425,16 +1443,16 @@ def save_checkpoint(run: Path, step: int, images: int, policy: Policy, learners:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         policy.save(part)
-        torch.save({"step": step, "images": images, **{role: learner.state_dict() for role, learner in learners.items()}},
-                   part / "trainer_state.pt")
+        state = {role: learner.state_dict() for role, learner in learners.items()}
+        torch.save({"step": step, "images": images, **state}, part / "trainer_state.pt")
         for file in [p for p in part.rglob("*") if p.is_file()]:
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         os.rename(part, folder)
     except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch.save's word for a full disk
         shutil.rmtree(part, ignore_errors=True)
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        print(f"WARNING: THE CHECKPOINT OF STEP {step} COULD NOT BE SAVED ({reason}). Training goes on; older checkpoints in "
+        reason = f"{str(error).splitlines()[0]}; {shutil.disk_usage(run).free / 1e9:.2f} GB are free"
+        print(f"WARNING: THE CHECKPOINT OF STEP {step} COULD NOT BE SAVED ({reason}). Training goes on; older ones in "
               f"{run} are intact. Make room there.", file=sys.stderr, flush=True)
         return reason
     for old in set(list_checkpoints(run)[:-config.keep_checkpoints]) - {best_checkpoint(run, config)}:
@@ -1456,8 +1474,8 @@ def best_checkpoint(run: Path, config: Config) -> Path | None:
 
 
 def load_checkpoint(folder: Path, policy: Policy, learners: dict[str, Learner]) -> tuple[int, int]:
-    """Restores both adapters and the trainer state; returns the step and the number of images seen. Nothing is unpickled
-    but tensors and numbers. Raises UserError if the checkpoint is damaged, or not one of ours."""
+    """Restores both adapters and the trainer state; returns the step and the number of images seen. Nothing is
+    unpickled but tensors and numbers. Raises UserError if the checkpoint is damaged, or not one of ours."""
     for role in ROLES:
         policy.load(role, folder / role)
     try:
@@ -1500,7 +1518,7 @@ def train(config: Config) -> Path:
     join_ranks(device)
     run, unsaved = run_folder(config), None
     with only_run_in(run), rank_failures():
-        checkpoint_folder = open_run(run, config)
+        checkpoint_folder = from_rank_0(lambda: open_run(run, config))
         policy = Policy(config)
         learners = {role: Learner(policy, role) for role in ROLES}
         step, images = load_checkpoint(checkpoint_folder, policy, learners) if checkpoint_folder else (0, 0)
@@ -1777,7 +1795,8 @@ DICE_PHRASES = ["user\n", "assistant\n", "<think>\nStep 1: ", *(f"\nStep {j}: " 
                 "<question>", "</question>", proposer_prompt(), solver_prompt("").strip("\n")]
 DEMO = {  # settings of the demo; explicit flags win over them
     "total_steps": 120, "images_per_rank": max(1, 16 // int(os.environ.get("WORLD_SIZE", 1))), "lr": 1e-3,
-    "kl_coef": 0.02, "kl_coef_min": 0.01, "kl_coef_max": 0.3, "max_new_tokens_proposer": 24, "max_new_tokens_solver": 48, "show_every": 60, "device": "cpu"}
+    "kl_coef": 0.02, "kl_coef_min": 0.01, "kl_coef_max": 0.3, "max_new_tokens_proposer": 24,
+    "max_new_tokens_solver": 48, "show_every": 60, "device": "cpu"}
 
 
 def make_dice_world(folder: Path, seed: int, num_images: int = 512, num_questions: int = 300, warmup_steps: int = 500):
@@ -1886,9 +1905,9 @@ def demo(config: Config, json_file: str | None):
     say(f"   One of them; the true answer is {rows[0]['answer']}, and * marks the majority:\n{format_episode(example)}")
 
     seconds, best = time.perf_counter() - start, max(c["mean_at_n"] for c in controls.values())
-    say(f"\nWhat happened, in {seconds:.0f} seconds: nobody told the model a single right answer. Its most likely solution\n"
-        f"was right on {before['greedy']:.0%} of the test questions before and on {after['greedy']:.0%} after; a random one "
-        f"on {before['mean_at_n']:.0%} before and on {after['mean_at_n']:.0%} after.\n"
+    say(f"\nWhat happened, in {seconds:.0f} seconds: nobody told the model a single right answer. Its most likely "
+        f"solution\nwas right on {before['greedy']:.0%} of the test questions before and on {after['greedy']:.0%} after; a "
+        f"random one on {before['mean_at_n']:.0%} before and on {after['mean_at_n']:.0%} after.\n"
         f"Without training, a lower temperature brings a random solution to {best:.0%} at best, "
         + ("so this is not mere sharpening:\nby rewarding agreement between different reasoning paths, training "
            "unlearned wrong sums." if min(after["greedy"], after["mean_at_n"]) > max(best, before["greedy"]) else
@@ -2022,7 +2041,8 @@ def bench(config: Config, args: argparse.Namespace):
     import resource
     import transformers
     text, vision, image_size, lengths = SIZES[args.size]
-    p, q, r = (given or usual for given, usual in zip((args.prompt_tokens, args.question_tokens, args.solution_tokens), lengths))
+    given = args.prompt_tokens, args.question_tokens, args.solution_tokens
+    p, q, r = (length or usual for length, usual in zip(given, lengths))
     config = dataclasses.replace(config, max_new_tokens_proposer=q, max_new_tokens_solver=r)
     device, n, b = resolve_device(config.device), config.num_rollouts, config.images_per_rank
     gpu, dtype = device.type == "cuda", choose_dtype(config, device)
@@ -2031,10 +2051,10 @@ def bench(config: Config, args: argparse.Namespace):
     learners = {role: Learner(policy, role) for role in ROLES}
     images = [Image.effect_noise(image_size, 100).convert("RGB") for _ in range(b)]
     weights = sum(w.numel() for w in [*policy.hf.model.language_model.layers.parameters(), policy.hf.lm_head.weight])
-    kind = torch.cuda.get_device_name(device) if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
-    print(f"{args.size}: {sum(w.numel() for w in policy.hf.parameters()) / 1e6:.1f} M parameters, {dtype}, {kind}; Python "
-          f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}\n{b} image(s) x "
-          f"{n} rollouts a step; prompt {p} tokens, question {q}, solution {r}")
+    name = torch.cuda.get_device_name(device) if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    print(f"{args.size}: {sum(w.numel() for w in policy.hf.parameters()) / 1e6:.1f} M parameters, {dtype}, {name}; "
+          f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}\n"
+          f"{b} image(s) x {n} rollouts a step; prompt {p} tokens, question {q}, solution {r}")
 
     bench_step(policy, learners, images, p, n, 0)  # warm-up: allocator, caches, compilation
     if gpu:
@@ -2065,13 +2085,13 @@ def bench(config: Config, args: argparse.Namespace):
     print(f"{'step':<10} {seconds:9.3f} s   median of {len(totals)}, {min(totals):.3f} to {max(totals):.3f}\n"
           f"{'floor':<10} {result['floor_seconds']:9.3f} s   at this machine's {bandwidth / 1e9:.1f} GB/s and "
           f"{flops / 1e12:.3f} TFLOP/s, measured now\n"
-          f"sampling {b * (q + n * r) / sampling:.0f} tokens/s, its decoding floor is {decode / sampling:.0%} of it; scoring "
-          f"{scored / scoring:.0f} tokens/s; {result['images_per_hour']:.0f} images/hour; peak memory "
+          f"sampling {b * (q + n * r) / sampling:.0f} tokens/s, its decoding floor is {decode / sampling:.0%} of its "
+          f"time; scoring {scored / scoring:.0f} tokens/s; {result['images_per_hour']:.0f} images/hour; peak memory "
           f"{result['peak_memory_bytes'] / 2 ** 30:.2f} GiB")
     if naive:
         ratios = [x / y for x, y in zip(naive, totals)]
-        print(f"{'naive':<10} {result['naive_seconds_per_step']:9.3f} s   {result['ratio']:.2f} times ours, {min(ratios):.2f} to "
-              f"{max(ratios):.2f}")
+        print(f"{'naive':<10} {result['naive_seconds_per_step']:9.3f} s   {result['ratio']:.2f} times ours, "
+              f"{min(ratios):.2f} to {max(ratios):.2f}")
     if args.sweep:
         print(f"\nThe Solver's scoring, solutions of {r} tokens: its cost grows with P + N R, not with N (P + R)\n"
               "    N     P   P + N R  N (P + R)   seconds   us per token of P + N R")
@@ -2089,7 +2109,8 @@ def bench_prompt(policy: Policy, features: torch.Tensor, grid: torch.Tensor, tok
     return Prompt(image, "x" * (tokens - len(policy.prompt_ids(Prompt(image, "")))))  # a token each
 
 
-def bench_step(policy: Policy, learners: dict[str, Learner], images: list, prompt_tokens: int, n: int, step: int) -> Counter:
+def bench_step(policy: Policy, learners: dict[str, Learner], images: list, prompt_tokens: int, n: int,
+               step: int) -> Counter:
     """Seconds in each phase of a step like that of `train`."""
     config, clock = policy.config, policy.clock
     clock.lap()
@@ -2113,14 +2134,16 @@ def naive_step(policy: Policy, learners: dict[str, Learner], images: list, promp
         pixels = policy.image_processor(images=[image], return_tensors="pt").to(policy.device)
         pixels["pixel_values"] = pixels["pixel_values"].to(policy.hf.dtype)
         visual = torch.empty(int(pixels["image_grid_thw"].prod()) // 4)
-        prompt = torch.tensor([policy.prompt_ids(bench_prompt(policy, visual, visual, prompt_tokens))], device=policy.device)
+        ids = policy.prompt_ids(bench_prompt(policy, visual, visual, prompt_tokens))
+        prompt = torch.tensor([ids], device=policy.device)                                                  # (1, P)
         inputs = lambda ids: {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels,
                               "mm_token_type_ids": (ids == policy.image_token_id).int()}
-        for role, count, new in (("proposer", 1, config.max_new_tokens_proposer), ("solver", n, config.max_new_tokens_solver)):
+        for role, count, new in (("proposer", 1, config.max_new_tokens_proposer),
+                                 ("solver", n, config.max_new_tokens_solver)):
             for i in range(count):
                 with policy.adapter(role), torch.no_grad():
-                    ids = policy.hf.generate(**inputs(prompt), do_sample=True, top_k=0, max_new_tokens=new, eos_token_id=-1,
-                                             suppress_tokens=[policy.image_token_id])
+                    ids = policy.hf.generate(**inputs(prompt), do_sample=True, top_k=0, max_new_tokens=new,
+                                             eos_token_id=-1, suppress_tokens=[policy.image_token_id])
                 with clock.phase(f"score {role}"), policy.adapter(role):
                     with torch.no_grad(), policy.adapter(None):
                         ref_logits = policy.hf(**inputs(ids), logits_to_keep=new + 1).logits[0, :-1]
@@ -2222,7 +2245,7 @@ def parse_command_line(argv: list[str]) -> tuple[str, Config, argparse.Namespace
 
 
 def write_json(file: str | None, result: dict):
-    if file:
+    if file and rank() == 0:
         try:
             Path(file).write_text(json.dumps(result, indent=2) + "\n")
         except OSError as error:

@@ -790,10 +790,11 @@ def test_list_images_and_stream(tmp_path, capsys):
     (tmp_path / "a" / "._1.png").write_text("hidden")
     (tmp_path / "a" / "notes.txt").write_text("no image")
     (tmp_path / "a" / "loop").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "z").symlink_to(tmp_path / "b")
     (tmp_path / "list.txt").write_text("a/1.png\n\nb/3.bmp\n")
     names = lambda data: [p.name for p in ir.list_images(data)]
-    assert names(str(tmp_path / "a")) == ["1.png", "2.JPG"]
-    assert names(f"{tmp_path / 'a'},{tmp_path / 'b'}") == ["1.png", "2.JPG", "3.bmp"]
+    assert names(str(tmp_path / "a")) == ["1.png", "2.JPG", "3.bmp"]
+    assert names(f"{tmp_path / 'a' / 'sub'},{tmp_path / 'b'}") == ["2.JPG", "3.bmp"]
     assert names(str(tmp_path / "list.txt")) == ["1.png", "3.bmp"]
     paths = [tmp_path / f"{i}.png" for i in range(6)]
     for path in paths:
