@@ -1112,10 +1112,10 @@ class Learner:
         passes = gradient_passes(prompts, completions, rewards, config.score_tokens) or [(None, [], [])]
         kl_sum = 0.0
         with self.policy.adapter(self.role), self.policy.clock.phase("gradient"):
-            for i, (prompt, group, group_rewards) in enumerate(passes):
+            for i, (prompt, group, earned) in enumerate(passes):
                 last = i + 1 == len(passes)  # ranks exchange gradients once, in the last backward pass
                 with contextlib.nullcontext() if last or world_size() == 1 else self.loss.no_sync():
-                    loss, kl = self.loss(prompt, group, [r - baseline for r in group_rewards], self.beta)
+                    loss, kl = self.loss(prompt, group, [r - baseline for r in earned], self.beta)
                     (loss * world_size() / count).backward()  # DDP divides by the world size
                 kl_sum += kl.item()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip).item()
@@ -1149,10 +1149,10 @@ def gradient_passes(prompts: list[Prompt], completions: list[list[Completion]], 
     """One image a pass, so that no number depends on which images share a rank, and of its rollouts as many as fit with
     the prompt into `max_tokens`, but at least one."""
     passes = []
-    for prompt, group, group_rewards in zip(prompts, completions, rewards):
+    for prompt, group, earned in zip(prompts, completions, rewards):
         room = max_tokens - len(prompt.image.features) - len(prompt.text)  # characters: no fewer than the text's tokens
         size = max(1, room // max(len(c.token_ids) for c in group))
-        passes += [(prompt, group[i:i + size], group_rewards[i:i + size]) for i in range(0, len(group), size)]
+        passes += [(prompt, group[i:i + size], earned[i:i + size]) for i in range(0, len(group), size)]
     return passes
 
 
@@ -1390,8 +1390,11 @@ def open_run(run: Path, config: Config) -> Path | None:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first. One that is half written, or half deleted, has another name."""
-    return sorted((p for p in run.glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+    """Complete checkpoints of a run, oldest first. (Our own half-written ones have another name; this also passes over
+    folders that were copied or deleted in part.)"""
+    files = [f"{role}/adapter_model.safetensors" for role in ROLES] + ["trainer_state.pt"]
+    return sorted((p for p in run.glob("step_*") if p.name[5:].isdigit() and all((p / f).is_file() for f in files)),
+                  key=lambda p: int(p.name[5:]))
 
 
 def start_run(run: Path, config: Config, last_step: int):
@@ -1448,6 +1451,7 @@ def save_checkpoint(run: Path, step: int, images: int, policy: Policy, learners:
         for file in [p for p in part.rglob("*") if p.is_file()]:
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
+        shutil.rmtree(folder, ignore_errors=True)  # an incomplete one, or the run would have gone on behind it
         os.rename(part, folder)
     except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch.save's word for a full disk
         shutil.rmtree(part, ignore_errors=True)
@@ -1906,7 +1910,7 @@ def demo(config: Config, json_file: str | None):
 
     seconds, best = time.perf_counter() - start, max(c["mean_at_n"] for c in controls.values())
     say(f"\nWhat happened, in {seconds:.0f} seconds: nobody told the model a single right answer. Its most likely "
-        f"solution\nwas right on {before['greedy']:.0%} of the test questions before and on {after['greedy']:.0%} after; a "
+        f"solution\nwas right on {before['greedy']:.0%} of the test questions before, {after['greedy']:.0%} after; a "
         f"random one on {before['mean_at_n']:.0%} before and on {after['mean_at_n']:.0%} after.\n"
         f"Without training, a lower temperature brings a random solution to {best:.0%} at best, "
         + ("so this is not mere sharpening:\nby rewarding agreement between different reasoning paths, training "
@@ -2060,7 +2064,7 @@ def bench(config: Config, args: argparse.Namespace):
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
     ours, naive = [], []
-    for step in range(1, args.steps + 1):
+    for step in range(1, max(args.steps, 1) + 1):
         ours.append(bench_step(policy, learners, images, p, n, step))
         if args.compare == "naive":  # in turn, so that both meet the same machine
             naive.append(naive_step(policy, learners, images, p, n))
@@ -2096,7 +2100,7 @@ def bench(config: Config, args: argparse.Namespace):
         print(f"\nThe Solver's scoring, solutions of {r} tokens: its cost grows with P + N R, not with N (P + R)\n"
               "    N     P   P + N R  N (P + R)   seconds   us per token of P + N R")
         for n, p in itertools.product((2, 5, 16), (100, 600, 1200)):
-            times = [bench_step(policy, learners, images, p, n, step) for step in range(args.steps)]
+            times = [bench_step(policy, learners, images, p, n, step) for step in range(max(args.steps, 1))]
             share = (p + n * r) / (p + n * r + (p + q) / config.proposer_every)  # the rest is the Proposer's
             score = statistics.median(t["reference"] + t["gradient"] for t in times) / b * share
             print(f"{n:5d} {p:5d} {p + n * r:9d} {n * (p + r):10d} {score:9.3f} {1e6 * score / (p + n * r):12.0f}")
@@ -2187,7 +2191,6 @@ COMMANDS = {
 }
 SOLVER_SETTINGS = {"model", "num_rollouts", "temperature", "max_new_tokens_solver", "max_pixels", "device", "dtype",
                    "seed"}
-
 BENCH_SETTINGS = {"num_rollouts", "images_per_rank", "device", "dtype", "score_tokens", "grad_checkpointing", "compile",
                   "lora_r"}
 
@@ -2241,6 +2244,8 @@ def parse_command_line(argv: list[str]) -> tuple[str, Config, argparse.Namespace
     given = {name: value for name, value in vars(args).items() if name in settings}
     if "data" in given:
         given["data"] = ",".join(given["data"])
+    if getattr(args, "json", None) and not Path(args.json).absolute().parent.is_dir():  # known before the work is done
+        raise UserError(f"--json {args.json}: its folder does not exist.")
     return command, Config(**{**preset, **given}), args
 
 

@@ -39,8 +39,8 @@ fi
 
 # One CPU thread a process does for feeding a GPU; more would only fight over the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# After SIGTERM (preemption) torchrun waits this long for the step in flight and its checkpoint; its default is 30 s.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
+# After SIGTERM (preemption) torchrun waits this long, in seconds, for the step in flight and its checkpoint, not 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}"
 # A collective that fails must end its process instead of hanging, so that torchrun can restart all of them.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 # MIOpen (ROCm) keeps its kernel cache in $HOME by default: locks on a network home make ranks wait for each other.

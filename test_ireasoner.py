@@ -877,6 +877,7 @@ def test_resume_is_bit_identical(world, straight_run, tmp_path):
     shutil.copytree(straight_run, run)
     shutil.rmtree(run / "step_000006")                    # as if it had been killed in step 6, after
     (run / ".step_000006.part").mkdir()                   # starting to write a checkpoint
+    (run / "step_000006" / "solver").mkdir(parents=True)  # (and its folder had been copied in part)
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "torn')                   # and a row
     ir.train(Config(**train_settings(world, tmp_path, resume="auto")))
@@ -1200,7 +1201,9 @@ def test_the_best_checkpoint_is_kept(tmp_path):
             [(1, 0.1, 1.0), (2, 0.9, 1.0), (3, 0.6, 0.5), (4, 0.6, 0.4), (5, 0.2, None), (6, None, None)]]
     ir.append_jsonl(tmp_path / "metrics.jsonl", rows)
     for step in (2, 4, 6):
-        (tmp_path / f"step_{step:06d}").mkdir()
+        for file in ("solver/adapter_model.safetensors", "proposer/adapter_model.safetensors", "trainer_state.pt"):
+            (tmp_path / f"step_{step:06d}" / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / f"step_{step:06d}" / file).touch()
     best = lambda metric: ir.best_checkpoint(tmp_path, Config(keep_best=metric, save_every=2))
     assert best("r_sol").name == "step_000004" and best("-entropy").name == "step_000004" and best("none") is None
 
@@ -1279,6 +1282,7 @@ def cases(world, straight_run, tmp_path_factory):
         "bad eval image": (["eval", folder / "image.jsonl", "--model", world / "model"], ["a.png", "image"]),
         "bad image": (["ask", folder / "corrupt" / "a.png", "?", "--model", world / "model"], ["a.png", "image"]),
         "missing argument": (["ask", "a.png"], ["question"]),
+        "no folder for the result": (["demo", "--json", folder / "nowhere" / "a.json"], ["--json", "nowhere"]),
         "output is a file": (at("--output_dir", folder / "keys.jsonl"), ["keys.jsonl", "cannot be written"]),
     }
 
