@@ -667,7 +667,8 @@ class Policy:
             peft_config.base_model_name_or_path = config.model
         self.hf, self.clock, self.attentions, self.static_caches = hf, Clock(), [], {}
         self.cache_name = "cache" if "cache" in inspect.signature(hf.model.forward).parameters else "past_key_values"
-        self.compiled_extend = torch.compile(self.extend, fullgraph=True, dynamic=False)
+        self.compiled = config.compile == "yes"
+        self.decode = torch.compile(self.extend, fullgraph=True, dynamic=False) if self.compiled else self.extend
         AttentionInterface.register("shared_prefix", shared_prefix_attention)
         AttentionMaskInterface.register("shared_prefix", sdpa_mask)
         hf.set_attn_implementation({"text_config": "shared_prefix"})
@@ -829,7 +830,7 @@ class Policy:
                 remaining = int(running.sum())
                 if remaining == 0 or t + 1 == max_new_tokens:
                     break
-                if remaining <= len(live) // 2 and not decoder.compiled:  # stop paying for finished rows
+                if remaining <= len(live) // 2 and not self.compiled:  # stop paying for finished rows
                     kept = decoder.drop(finished[live])
                     live, tokens = live[kept], tokens[kept]
                 hidden = decoder.advance(tokens)
@@ -903,16 +904,15 @@ class Decoder:
 
     def __init__(self, policy: Policy, prefill: Prefill, num_samples: int, max_new_tokens: int):
         from transformers import StaticCache
-        self.policy, self.filled, self.compiled = policy, 0, policy.config.compile == "yes"
-        self.extend = policy.compiled_extend if self.compiled else policy.extend
+        self.policy, self.filled = policy, 0
         (b, p), rows = prefill.mask.shape, len(prefill.mask) * num_samples
         self.num_prompts = b  # those that have rows left
         cache = StaticCache(config=policy.hf.config.get_text_config(), max_cache_len=max_new_tokens)
-        self.cache = policy.static_caches.setdefault((rows, max_new_tokens), cache) if self.compiled else cache
+        self.cache = policy.static_caches.setdefault((rows, max_new_tokens), cache) if policy.compiled else cache
         self.cache.reset()
         self.mask = prefill.mask.new_zeros(rows, max_new_tokens)
         self.position = prefill.next_position.repeat_interleave(num_samples, 0)                             # (rows,)
-        pad = -p % 256 if self.compiled else 0
+        pad = -p % 256 if policy.compiled else 0
         padding = torch.zeros(b, 1, p + pad, device=policy.device)
         padding.masked_fill_(F.pad(prefill.mask, (0, pad))[:, None] == 0, -math.inf)
         for attention, layer in zip(policy.attentions, prefill.cache.layers):
@@ -940,7 +940,7 @@ class Decoder:
         self.mask[:, self.filled] = 1
         self.filled += 1
         self.position = self.position + 1
-        return self.extend(self.cache, self.mask, tokens, self.position - 1)[:, 0].clone()
+        return self.policy.decode(self.cache, self.mask, tokens, self.position - 1)[:, 0].clone()
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling: float, **kwargs):
@@ -1159,10 +1159,12 @@ def gradient_passes(prompts: list[Prompt], completions: list[list[Completion]], 
 # ---- Ranks: torchrun starts one process a GPU; every printed or decided number is global -----------------------------
 
 def world_size() -> int:
+    """How many processes train together; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """The number of this process among them; rank 0 prints and writes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -1412,6 +1414,7 @@ def start_run(run: Path, config: Config, last_step: int):
 
 
 def write_atomically(path: Path, lines: Iterable[str]):
+    """Writes a text file so that it is there as a whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     with open(part, "w", encoding="utf-8") as file:
         file.writelines(lines)
@@ -2196,6 +2199,8 @@ BENCH_SETTINGS = {"num_rollouts", "images_per_rank", "device", "dtype", "score_t
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse, with its errors in our form."""
+
     def error(self, message):
         raise UserError(f"{message}. See --help.")
 
@@ -2250,6 +2255,7 @@ def parse_command_line(argv: list[str]) -> tuple[str, Config, argparse.Namespace
 
 
 def write_json(file: str | None, result: dict):
+    """Writes a command's result to the file of `--json`, if that is given."""
     if file and rank() == 0:
         try:
             Path(file).write_text(json.dumps(result, indent=2) + "\n")
