@@ -776,8 +776,23 @@ class Policy:
         last = positions.masked_fill(mask == 0, -1).amax(dim=(0, 2))                                       # (B,)
         return Prefill(cache, mask, last + 1, out.last_hidden_state[:, -1])
 
+    @contextlib.contextmanager
+    def behind(self, prefill: Prefill, pad: int = 0):
+        """Inside the block all tokens come behind the prompts: `shared_prefix_attention` sees their keys and values,
+        which are held once for all rows of a prompt. `pad` positions are added, for a round number of them."""
+        padding = torch.zeros(len(prefill.mask), 1, 1, prefill.mask.shape[1] + pad, device=self.device)
+        padding.masked_fill_(F.pad(prefill.mask, (0, pad))[:, None, None] == 0, -math.inf)
+        for attention, layer in zip(self.attentions, prefill.cache.layers):
+            attention.prefix = F.pad(layer.keys, (0, 0, 0, pad)), F.pad(layer.values, (0, 0, 0, pad)), padding
+        try:
+            yield
+        finally:
+            for attention in self.attentions:
+                attention.prefix = None
+
     def extend(self, cache, mask: torch.Tensor, ids: torch.Tensor, first_position: torch.Tensor) -> torch.Tensor:
-        """Hidden states (rows, T, d) of completion tokens `ids` (rows, T) behind a cache; `mask` covers both."""
+        """Hidden states (rows, T, d) of tokens `ids` (rows, T) behind the prompts and a cache of completion tokens;
+        `mask` covers the completions."""
         steps = torch.arange(ids.shape[1], device=self.device)
         positions = (first_position[:, None] + steps).expand(3, -1, -1)  # text has equal time, height and width
         return self.hf.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
@@ -809,9 +824,10 @@ class Policy:
         stop = torch.tensor(sorted(self.stop_ids), device=self.device)
         with self.adapter(role), contextlib.ExitStack() as stack:
             prefill = self.prefill(self.with_features(prompts))
+            stack.enter_context(self.behind(prefill, -prefill.mask.shape[1] % 256 if self.compiled else 0))
+            decoder = Decoder(self, prefill, num_samples, max_new_tokens)
             hidden = prefill.hidden.repeat_interleave(num_samples, 0)
             live = torch.arange(rows, device=self.device)  # which completion each row of the decoder belongs to
-            decoder = stack.enter_context(contextlib.closing(Decoder(self, prefill, num_samples, max_new_tokens)))
             for t in range(max_new_tokens):
                 logits = self.hf.lm_head(hidden).float()
                 logp = torch.log_softmax(logits / (temperature or 1.0), dim=-1)                         # (live, V)
@@ -867,9 +883,10 @@ class Policy:
     def completion_hidden(self, prompt: Prompt, completions: list[Completion]) -> torch.Tensor:
         """Hidden states that predict the completions' tokens: (M, d), M tokens in all.
 
-        The prompt is prefilled once and its cache shared by the N completions, with gradients: P + N R tokens go
+        The prompt is prefilled once and its keys and values serve all N completions, with gradients: P + N R tokens go
         through the model instead of N (P + R).
         """
+        from transformers import DynamicCache
         n, longest = len(completions), max(len(c.token_ids) for c in completions)
         ids = torch.tensor([c.token_ids + [0] * (longest - len(c.token_ids)) for c in completions], device=self.device)
         lengths = torch.tensor([len(c.token_ids) for c in completions], device=self.device)
@@ -877,10 +894,9 @@ class Policy:
         prefill = self.prefill([prompt])
         hidden = prefill.hidden.expand(n, -1)[:, None]                                                      # (N, 1, d)
         if longest > 1:
-            for layer in prefill.cache.layers:  # views, so that gradients add up over the completions
-                layer.keys, layer.values = (t.expand(n, -1, -1, -1) for t in (layer.keys, layer.values))
-            mask = torch.cat([prefill.mask.expand(n, -1), valid[:, :-1]], dim=1)
-            rest = self.extend(prefill.cache, mask, ids[:, :-1], prefill.next_position.expand(n))
+            with self.behind(prefill):
+                rest = self.extend(DynamicCache(config=self.hf.config.get_text_config()), valid[:, :-1].int(),
+                                   ids[:, :-1], prefill.next_position.expand(n))
             hidden = torch.cat([hidden, rest], dim=1)                                                       # (N, R, d)
         return hidden[valid]
 
@@ -897,30 +913,31 @@ class Policy:
 class Decoder:
     """Continues prefilled prompts, N rows each, by a token at a time.
 
-    A prompt's keys and values are held once for its N rows; a row's own go into tensors that hold the longest
-    completion from the start, since growing them by concatenation would copy all of them for every token. With
-    `--compile` all tensors have few sizes and the rows' keep their place, so that a step is compiled once and replayed.
+    The keys and values of the rows' own tokens go into tensors that hold the longest completion from the start, since
+    growing them by concatenation would copy all of them for every token. With `--compile` these tensors keep their
+    place and few sizes, so that a step is compiled once and replayed.
     """
 
     def __init__(self, policy: Policy, prefill: Prefill, num_samples: int, max_new_tokens: int):
         from transformers import StaticCache
-        self.policy, self.filled = policy, 0
-        (b, p), rows = prefill.mask.shape, len(prefill.mask) * num_samples
-        self.num_prompts = b  # those that have rows left
+        self.policy, self.num_prompts, self.filled = policy, len(prefill.mask), 0
+        rows = self.num_prompts * num_samples
         cache = StaticCache(config=policy.hf.config.get_text_config(), max_cache_len=max_new_tokens)
         self.cache = policy.static_caches.setdefault((rows, max_new_tokens), cache) if policy.compiled else cache
         self.cache.reset()
         self.mask = prefill.mask.new_zeros(rows, max_new_tokens)
         self.position = prefill.next_position.repeat_interleave(num_samples, 0)                             # (rows,)
-        pad = -p % 256 if policy.compiled else 0
-        padding = torch.zeros(b, 1, p + pad, device=policy.device)
-        padding.masked_fill_(F.pad(prefill.mask, (0, pad))[:, None] == 0, -math.inf)
-        for attention, layer in zip(policy.attentions, prefill.cache.layers):
-            attention.prefix = F.pad(layer.keys, (0, 0, 0, pad)), F.pad(layer.values, (0, 0, 0, pad)), padding
+
+    def advance(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Appends one token a row, (rows, 1); returns the hidden states that predict the next ones, (rows, d)."""
+        self.mask[:, self.filled] = 1
+        self.filled += 1
+        self.position = self.position + 1
+        return self.policy.decode(self.cache, self.mask, tokens, self.position - 1)[:, 0].clone()
 
     def drop(self, finished: torch.Tensor) -> torch.Tensor:
         """Drops finished rows, (rows,), as far as all prompts that go on keep as many; returns the rows that stay."""
-        running = ~finished.view(self.num_prompts, -1)                                                     # (B, N)
+        running = ~finished.view(self.num_prompts, -1)                                                      # (B, N)
         prompts = running.any(dim=1).nonzero()[:, 0]
         first = running[prompts].int().argsort(dim=1, descending=True, stable=True)[:, :running.sum(dim=1).max()]
         rows = (prompts[:, None] * running.shape[1] + first).flatten()
@@ -930,39 +947,30 @@ class Decoder:
             attention.prefix = tuple(t[prompts] for t in attention.prefix)
         return rows
 
-    def close(self):
-        """Gives the attention layers back to prefill and scoring."""
-        for attention in self.policy.attentions:
-            attention.prefix = None
-
-    def advance(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Appends one token a row, (rows, 1); returns the hidden states that predict the next ones, (rows, d)."""
-        self.mask[:, self.filled] = 1
-        self.filled += 1
-        self.position = self.position + 1
-        return self.policy.decode(self.cache, self.mask, tokens, self.position - 1)[:, 0].clone()
-
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling: float, **kwargs):
-    """Attention in the language model: PyTorch's, but while a `Decoder` is at work one softmax over a row's own tokens
-    and its prompt, whose keys and values `module.prefix` holds once for all rows of the prompt.
+    """Attention in the language model: PyTorch's, but inside `Policy.behind` one softmax over a row's own tokens and its
+    prompt, whose keys and values `module.prefix` holds once for all rows of the prompt.
 
-    query is (rows, heads, 1, d_head), key and value (rows, key heads, R, d_head); returns (rows, 1, heads, d_head).
+    query is (rows, heads, T, d_head), key and value (rows, key heads, R, d_head); returns (rows, T, heads, d_head).
     """
     if module.prefix is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    keys, values, padding = module.prefix                                        # (B, key heads, P, d_head), (B, 1, P)
-    (rows, heads, _, width), (b, key_heads, p, _) = query.shape, keys.shape
-    n, shared = rows // b, heads // key_heads
-    group = lambda t: t.view(b, n, key_heads, shared, -1).transpose(1, 2).reshape(b, key_heads, n * shared, -1)
-    ungroup = lambda t: t.view(b, key_heads, n, shared, -1).transpose(1, 2).reshape(rows, key_heads, shared, -1)
-    query = query.view(rows, key_heads, shared, width) * scaling
-    prompt = ungroup(group(query) @ keys.mT + padding[:, None])                  # a prompt's rows: a batch of queries
-    own = (query @ key.mT).masked_fill(~attention_mask, -math.inf)
+    keys, values, padding = module.prefix                                     # (B, key heads, P, d_head), (B, 1, 1, P)
+    (rows, heads, t, width), (b, key_heads, p, _), r = query.shape, keys.shape, key.shape[2]
+    # queries that share keys become one batch: the heads of a key head, and for the prompt its N rows as well
+    group = lambda x: x.reshape(b, -1, key_heads, heads // key_heads * t, x.shape[-1]).transpose(1, 2).flatten(2, 3)
+    ungroup = lambda x: x.unflatten(2, (rows // b, -1)).transpose(1, 2).reshape(rows, key_heads, -1, x.shape[-1])
+    query = query.reshape(rows, key_heads, -1, width) * scaling
+    own = (query @ key.mT).view(rows, heads, t, r)
+    if attention_mask is None:  # plainly causal
+        attention_mask = torch.ones(t, r, dtype=torch.bool, device=own.device).tril(r - t)
+    own = own.masked_fill(~attention_mask, -math.inf).view(rows, key_heads, -1, r)
+    prompt = ungroup(group(query) @ keys.mT + padding)
     weights = torch.cat([prompt, own], dim=-1).float().softmax(dim=-1).to(value.dtype)
     attended = ungroup(group(weights[..., :p]) @ values) + weights[..., p:] @ value
-    return attended.view(rows, 1, heads, width), None
+    return attended.view(rows, heads, t, width).transpose(1, 2), None
 
 
 def checkpointed(forward, hidden: torch.Tensor) -> torch.Tensor:
