@@ -134,7 +134,7 @@ class Config:
     # machine and bookkeeping
     device: str = setting("auto", "auto, cpu, cuda or cuda:N (ROCm GPUs are called cuda too) [ours]", "", True)
     dtype: str = setting("auto", "backbone; auto: bfloat16 on GPU, else float32 [4.1]", ("auto", "float32", "bfloat16"))
-    score_tokens: int = setting(4096, "tokens in a gradient pass; lower it if memory runs out [ours]", "[1, inf)", True)
+    score_tokens: int = setting(3072, "tokens in a gradient pass; lower it if memory runs out [ours]", "[1, inf)", True)
     grad_checkpointing: str = setting("no", "yes: the backward pass computes MLP activations again; saves most of "
                                       "their memory [ours]", ("no", "yes"), True)
     compile: str = setting("no", "yes: compile the decoding step; pays on GPUs [ours]", ("no", "yes"), True)

@@ -1168,7 +1168,7 @@ def test_out_of_memory_names_the_flags(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Policy, "score", out_of_memory)
     assert ir.main([f"--{k}={v}" for k, v in train_settings(world, tmp_path).items()]) == 1
     error = capsys.readouterr().err
-    assert "2.00 GiB" in error and "--score_tokens (now 4096)" in error and "--images_per_rank (4)" in error
+    assert "2.00 GiB" in error and "--score_tokens (now 3072)" in error and "--images_per_rank (4)" in error
 
 
 def test_two_runs_cannot_share_a_folder(world, tmp_path):
