@@ -949,8 +949,8 @@ class Decoder:
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling: float, **kwargs):
-    """Attention in the language model: PyTorch's, but inside `Policy.behind` one softmax over a row's own tokens and its
-    prompt, whose keys and values `module.prefix` holds once for all rows of the prompt.
+    """Attention in the language model: PyTorch's, but inside `Policy.behind` one softmax over a row's own tokens and
+    its prompt, whose keys and values `module.prefix` holds once for all rows of the prompt.
 
     query is (rows, heads, T, d_head), key and value (rows, key heads, R, d_head); returns (rows, T, heads, d_head).
     """
