@@ -11,6 +11,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import string
 import subprocess
 import sys
@@ -1009,7 +1010,7 @@ def test_any_number_of_ranks_gives_the_same_numbers(world, tmp_path):
     runs = []
     for ranks in (1, 2, 4):
         settings = train_settings(world, tmp_path / str(ranks), total_steps=3, images_per_rank=4 // ranks, show_every=0)
-        torchrun(ranks, settings, patch=f"""
+        torchrun(ranks, settings, patch="""
 propose = ir.propose
 def without_a_question(*args):
     episodes = propose(*args)
@@ -1060,6 +1061,21 @@ ir.solve = interrupted""")
         assert metrics(tmp_path / "run") == metrics(straight_run)
     else:
         assert_same_run(straight_run, tmp_path / "run", 6)
+
+
+def test_a_signal_without_torchrun_exits_with_its_status_and_the_third_one_kills(world, tmp_path, monkeypatch, capsys):
+    solve, killed = ir.solve, []
+    def interrupted(policy, episodes, step):
+        os.kill(os.getpid(), signal.SIGINT)
+        return solve(policy, episodes, step)
+    monkeypatch.setattr(ir, "solve", interrupted)
+    assert ir.main([f"--{k}={v}" for k, v in train_settings(world, tmp_path).items()]) == 130
+    assert "after step 1, which is saved" in capsys.readouterr().err
+    monkeypatch.setattr(os, "_exit", killed.append)
+    with ir.stop_signals() as caught:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert caught == [signal.SIGTERM] * 3 and killed == [143]
 
 
 def test_killed_ranks_are_restarted_and_nothing_changes(world, straight_run, tmp_path):
@@ -1219,6 +1235,14 @@ def test_run_8gpu_runs_on_a_laptop(world, tmp_path):
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, parameters", [("3b", 3.75), ("7b", 8.29)])
+def test_bench_has_the_true_shapes(size, parameters):
+    """The published sizes of Qwen2.5-VL, counted on a device that allocates nothing."""
+    text, vision, *_ = ir.SIZES[size]
+    model, _, _ = ir.build_backbone([], text=text, vision=vision, device="meta", dtype=torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(parameters, abs=0.01)
 
 
 def test_bench_times_both_loops(tmp_path, capsys):
