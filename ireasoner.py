@@ -574,8 +574,9 @@ ROLES = ("solver", "proposer")
 @dataclass
 class EncodedImage:
     """An image after the vision tower, which is frozen: encode once, use in every pass of a step."""
-    features: torch.Tensor   # (visual tokens, d)
-    grid: torch.Tensor       # (1, 3) time, height and width in patches
+    ids: list[int]               # the chat template up to the text, with a placeholder for each visual token
+    features: dict               # what the vision tower gives to the language model
+    grid: torch.Tensor | None    # (1, 3) time, height and width in patches, for 3-D rotary positions
 
 
 @dataclass
@@ -650,38 +651,65 @@ class Policy:
     """
 
     def __init__(self, config: Config, backbone: tuple | None = None):
-        """`backbone` is a (model, tokenizer, image processor) to use instead of loading `config.model`."""
+        """`backbone` is a (model, processor) to use instead of loading `config.model`."""
         from peft import LoraConfig, get_peft_model
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
         self.config = config
         self.device = resolve_device(config.device)
-        hf, self.tokenizer, self.image_processor = backbone or load_backbone(config, self.device)
+        hf, self.processor = backbone or load_backbone(config, self.device)
+        self.tokenizer, decoder = self.processor.tokenizer, hf.get_decoder()
+        decoder_name = next(name for name, module in hf.named_modules() if module is decoder)
+        projections = "|".join(sorted({name.split(".")[-1] for name, module in decoder.layers.named_modules()
+                                       if isinstance(module, torch.nn.Linear)}))  # q, k, v, o, gate, up, down
         lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-                          target_modules=r"model\.language_model\.layers\.\d+\."
-                                         r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)")
+                          target_modules=rf"{re.escape(decoder_name)}\.layers\.\d+\..*\b({projections})")
         torch.manual_seed(derive_seed(config.seed, "adapters"))  # the same adapters on every rank
         self.peft = get_peft_model(hf, lora, adapter_name="solver").eval()  # LoRA weights are fp32, also over bf16
         self.peft.add_adapter("proposer", dataclasses.replace(lora))
         for peft_config in self.peft.peft_config.values():
             peft_config.base_model_name_or_path = config.model
-        self.hf, self.clock, self.attentions, self.static_caches = hf, Clock(), [], {}
-        self.cache_name = "cache" if "cache" in inspect.signature(hf.model.forward).parameters else "past_key_values"
+        self.hf, self.clock, self.static_caches = hf, Clock(), {}
+        arguments = inspect.signature(hf.model.forward).parameters
+        self.cache_name = "cache" if "cache" in arguments else "past_key_values"
+        self.image_mask_name = next((n for n in ("mm_token_type_ids", "token_type_ids") if n in arguments), None)
         self.compiled = config.compile == "yes"
         self.decode = torch.compile(self.extend, fullgraph=True, dynamic=False) if self.compiled else self.extend
         AttentionInterface.register("shared_prefix", shared_prefix_attention)
         AttentionMaskInterface.register("shared_prefix", sdpa_mask)
         hf.set_attn_implementation({"text_config": "shared_prefix"})
-        for name, module in hf.named_modules():
-            if re.search(r"language_model\.layers\.\d+\.self_attn$", name):
-                module.prefix = None
-                self.attentions.append(module)
-            if re.search(r"language_model\.layers\.\d+\.mlp$", name) and config.grad_checkpointing == "yes":
-                module.forward = functools.partial(checkpointed, module.forward)
-        self.image_token_id = hf.config.image_token_id
+        self.attentions = [layer.self_attn for layer in decoder.layers]
+        for layer in decoder.layers:
+            layer.self_attn.prefix = None
+            if config.grad_checkpointing == "yes":
+                layer.mlp.forward = functools.partial(checkpointed, layer.mlp.forward)
+        self.image_token_id, self.lm_head = hf.config.image_token_id, hf.get_output_embeddings()
         eos = hf.generation_config.eos_token_id
         self.stop_ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         self.dropouts = [m for name, m in hf.named_modules() if "lora_dropout" in name]
+        if backbone is None:
+            self.check_family()
+
+    @torch.no_grad()
+    def check_family(self):
+        """Compares with a plain forward of the model, on two pictures. Raises UserError for a family of models that
+        does something in attention or behind its last layer that this file does not know, or that sees no image."""
+        black, white = (Image.new("RGB", (112, 112), color) for color in ("black", "white"))
+        reply = Completion(self.tokenize("Step 1: a b c"), torch.empty(0), "", True)
+        with self.adapter(None):
+            seen = [self.lm_head(self.completion_hidden(Prompt(picture, "a"), [reply])).float()
+                    for picture in self.encode_images([black, white])]                                      # (T, V)
+            prompt = self.with_features([Prompt(black, "a")])[0]
+            ids = torch.tensor([self.prompt_ids(prompt) + reply.token_ids], device=self.device)
+            image_mask = {self.image_mask_name: (ids == self.image_token_id).int()} if self.image_mask_name else {}
+            plain = self.hf(input_ids=ids, attention_mask=torch.ones_like(ids), **image_mask,
+                            **self.preprocess(black)[1]).logits[0, -len(reply.token_ids) - 1:-1].float()
+        error, spread = (seen[0] - plain).norm(), (plain - plain.mean(-1, keepdim=True)).norm()
+        if not error < spread * (1e-3 if self.hf.dtype == torch.float32 else 0.1):
+            raise UserError(f"--model {self.config.model}: {self.hf.config.model_type} computes its logits in a way "
+                            f"that this file does not follow (they differ by {error / spread:.0%}). Use another.")
+        if torch.equal(*seen):
+            raise UserError(f"--model {self.config.model}: a black and a white picture are the same to it.")
 
     # ---- adapters ---------------------------------------------------------------------------------------------------
 
@@ -725,15 +753,34 @@ class Policy:
 
     # ---- prompts ----------------------------------------------------------------------------------------------------
 
+    def preprocess(self, image: Image.Image) -> tuple[list[int], dict[str, torch.Tensor]]:
+        """(token ids of the chat template up to the text, inputs of the vision tower) for one image."""
+        head, _ = self.template
+        bos = self.tokenizer.bos_token
+        inputs = self.processor(text=[head], images=[image], return_tensors="pt",
+                                add_special_tokens=bool(bos) and not head.startswith(bos))
+        ids = inputs.pop("input_ids")[0].tolist()
+        return ids, {name: value.to(self.device, self.hf.dtype if value.is_floating_point() else None)
+                     for name, value in inputs.items() if not name.endswith(("token_type_ids", "attention_mask"))
+                     or name.startswith("pixel")}
+
+    @functools.cached_property
+    def template(self) -> list[str]:
+        """The chat template around the text of a turn with one image."""
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "PROMPT-TEXT-SLOT"}]}
+        return self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True).split(
+            "PROMPT-TEXT-SLOT")
+
     @torch.no_grad()
     def encode_images(self, images: list[Image.Image]) -> list[EncodedImage]:
-        """Runs the vision tower once over all images."""
-        if not images:
-            return []
-        pixels = self.image_processor(images=images, return_tensors="pt").to(self.device)
-        grids = pixels["image_grid_thw"]
-        features = self.hf.model.get_image_features(pixels["pixel_values"].to(self.hf.dtype), grids, return_dict=True)
-        return [EncodedImage(f, g[None]) for f, g in zip(features.pooler_output, grids)]
+        """Runs the vision tower once on every image, alone, so that no number depends on the others of its batch."""
+        encoded, arguments = [], inspect.signature(self.hf.model.get_image_features).parameters
+        for ids, inputs in map(self.preprocess, images):
+            out = self.hf.model.get_image_features(**{n: v for n, v in inputs.items() if n in arguments},
+                                                   return_dict=True)
+            features = {n: out[n] for n in ("pooler_output", "deepstack_features") if out.get(n) is not None}
+            encoded.append(EncodedImage(ids, features, inputs.get("image_grid_thw")))
+        return encoded
 
     def with_features(self, prompts: list[Prompt]) -> list[Prompt]:
         """The same prompts with every PIL image replaced by its features."""
@@ -747,33 +794,33 @@ class Policy:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The chat template around the prompt, with the image placeholder repeated once per visual token."""
-        slot = "PROMPT-TEXT-SLOT"  # the template is tokenised with its special tokens, the text without
-        template = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": slot}]}],
-            tokenize=False, add_generation_prompt=True)
-        head, tail = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in template.split(slot))
-        at = head.index(self.image_token_id)
-        head = head[:at] + [self.image_token_id] * len(prompt.image.features) + head[at + 1:]
-        return head + self.tokenize(prompt.text) + tail
+        """The chat template around the prompt; its special tokens are tokenised as such, those in the text are not."""
+        _, tail = self.template
+        tail_ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
+        return prompt.image.ids + self.tokenize(prompt.text) + tail_ids
 
     def prefill(self, prompts: list[Prompt]) -> Prefill:
         """Runs the prompts (with encoded images) through the active adapter once, keeping their keys and values."""
         from transformers import DynamicCache
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
+        from transformers.utils import ModelOutput
         rows = [self.prompt_ids(p) for p in prompts]
         longest = max(map(len, rows))
         ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows], device=self.device)               # (B, P)
         mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=self.device)   # (B, P)
         image_mask = ((ids == self.image_token_id) & (mask == 1)).int()
-        grids = torch.cat([p.image.grid for p in prompts])
-        positions, _ = self.hf.model.get_rope_index(ids, mm_token_type_ids=image_mask, image_grid_thw=grids,
-                                                    attention_mask=mask)                                   # (3, B, P)
-        features = BaseModelOutputWithPooling(pooler_output=tuple(p.image.features for p in prompts))
-        cache = DynamicCache(config=self.hf.config.get_text_config())
+        if hasattr(self.hf.model, "get_rope_index"):  # time, height and width
+            positions, _ = self.hf.model.get_rope_index(
+                ids, mm_token_type_ids=image_mask, image_grid_thw=torch.cat([p.image.grid for p in prompts]),
+                attention_mask=mask)                                                                       # (3, B, P)
+        else:
+            positions = (mask.cumsum(-1) - 1).clamp_min(0)                                                 # (B, P)
+        features = ModelOutput({n: concatenate([p.image.features[n] for p in prompts])
+                                for n in prompts[0].image.features})
+        cache = DynamicCache()  # without a config: layers with a sliding window keep all keys, too
         out = self.hf.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
-                            mm_encoder_outputs={"image": features}, **{self.cache_name: cache})
-        last = positions.masked_fill(mask == 0, -1).amax(dim=(0, 2))                                       # (B,)
+                            mm_encoder_outputs={"image": features}, **{self.cache_name: cache},
+                            **({self.image_mask_name: image_mask} if self.image_mask_name else {}))
+        last = positions.masked_fill(mask == 0, -1).view(-1, *mask.shape).amax(dim=(0, 2))                 # (B,)
         return Prefill(cache, mask, last + 1, out.last_hidden_state[:, -1])
 
     @contextlib.contextmanager
@@ -781,9 +828,9 @@ class Policy:
         """Inside the block all tokens come behind the prompts: `shared_prefix_attention` sees their keys and values,
         which are held once for all rows of a prompt. `pad` positions are added, for a round number of them."""
         padding = torch.zeros(len(prefill.mask), 1, 1, prefill.mask.shape[1] + pad, device=self.device)
-        padding.masked_fill_(F.pad(prefill.mask, (0, pad))[:, None, None] == 0, -math.inf)
+        padding.masked_fill_(F.pad(prefill.mask, (pad, 0))[:, None, None] == 0, -math.inf)
         for attention, layer in zip(self.attentions, prefill.cache.layers):
-            attention.prefix = F.pad(layer.keys, (0, 0, 0, pad)), F.pad(layer.values, (0, 0, 0, pad)), padding
+            attention.prefix = F.pad(layer.keys, (0, 0, pad, 0)), F.pad(layer.values, (0, 0, pad, 0)), padding
         try:
             yield
         finally:
@@ -794,7 +841,9 @@ class Policy:
         """Hidden states (rows, T, d) of tokens `ids` (rows, T) behind the prompts and a cache of completion tokens;
         `mask` covers the completions."""
         steps = torch.arange(ids.shape[1], device=self.device)
-        positions = (first_position[:, None] + steps).expand(3, -1, -1)  # text has equal time, height and width
+        positions = first_position[:, None] + steps                                                        # (rows, T)
+        if hasattr(self.hf.model, "get_rope_index"):
+            positions = positions.expand(3, -1, -1)  # text has equal time, height and width
         return self.hf.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
                              **{self.cache_name: cache}).last_hidden_state
 
@@ -829,7 +878,7 @@ class Policy:
             hidden = prefill.hidden.repeat_interleave(num_samples, 0)
             live = torch.arange(rows, device=self.device)  # which completion each row of the decoder belongs to
             for t in range(max_new_tokens):
-                logits = self.hf.lm_head(hidden).float()
+                logits = self.lm_head(hidden).float()
                 logp = torch.log_softmax(logits / (temperature or 1.0), dim=-1)                         # (live, V)
                 if temperature:  # the inverse of the distribution function, in float64
                     cdf = logp.double().exp().cumsum(-1)
@@ -875,8 +924,8 @@ class Policy:
         pieces = []
         for h, r, ids in zip(hidden.split(512), ref_hidden.split(512), token_ids.split(512)):  # bounds the logits
             # and frees them: the backward pass computes each chunk again
-            pieces.append(checkpoint(token_statistics, h, r, ids, self.hf.lm_head, temperature, use_reentrant=False)
-                          if h.requires_grad else token_statistics(h, r, ids, self.hf.lm_head, temperature))
+            pieces.append(checkpoint(token_statistics, h, r, ids, self.lm_head, temperature, use_reentrant=False)
+                          if h.requires_grad else token_statistics(h, r, ids, self.lm_head, temperature))
         lengths = [len(c.token_ids) for c in completions]
         return Scores(*(list(torch.cat(column).split(lengths)) for column in zip(*pieces)))
 
@@ -895,8 +944,7 @@ class Policy:
         hidden = prefill.hidden.expand(n, -1)[:, None]                                                      # (N, 1, d)
         if longest > 1:
             with self.behind(prefill):
-                rest = self.extend(DynamicCache(config=self.hf.config.get_text_config()), valid[:, :-1].int(),
-                                   ids[:, :-1], prefill.next_position.expand(n))
+                rest = self.extend(DynamicCache(), valid[:, :-1].int(), ids[:, :-1], prefill.next_position.expand(n))
             hidden = torch.cat([hidden, rest], dim=1)                                                       # (N, R, d)
         return hidden[valid]
 
@@ -919,10 +967,10 @@ class Decoder:
     """
 
     def __init__(self, policy: Policy, prefill: Prefill, num_samples: int, max_new_tokens: int):
-        from transformers import StaticCache
+        from transformers.cache_utils import Cache, StaticLayer
         self.policy, self.num_prompts, self.filled = policy, len(prefill.mask), 0
         rows = self.num_prompts * num_samples
-        cache = StaticCache(config=policy.hf.config.get_text_config(), max_cache_len=max_new_tokens)
+        cache = Cache(layers=[StaticLayer(max_cache_len=max_new_tokens) for _ in policy.attentions])
         self.cache = policy.static_caches.setdefault((rows, max_new_tokens), cache) if policy.compiled else cache
         self.cache.reset()
         self.mask = prefill.mask.new_zeros(rows, max_new_tokens)
@@ -948,7 +996,7 @@ class Decoder:
         return rows
 
 
-def shared_prefix_attention(module, query, key, value, attention_mask, scaling: float, **kwargs):
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling: float, sliding_window=None, **kwargs):
     """Attention in the language model: PyTorch's, but inside `Policy.behind` one softmax over a row's own tokens and
     its prompt, whose keys and values `module.prefix` holds once for all rows of the prompt.
 
@@ -968,9 +1016,23 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling: 
         attention_mask = torch.ones(t, r, dtype=torch.bool, device=own.device).tril(r - t)
     own = own.masked_fill(~attention_mask, -math.inf).view(rows, key_heads, -1, r)
     prompt = ungroup(group(query) @ keys.mT + padding)
+    if sliding_window and p + r > sliding_window:  # tokens see the prompt's end only
+        index = (attention_mask * torch.arange(r, device=own.device)).amax(-1, keepdim=True)    # (1 or rows, 1, t, 1)
+        too_far = p + index - torch.arange(p, device=own.device) >= sliding_window              # (1 or rows, 1, t, P)
+        prompt = prompt.reshape(rows, heads, t, p).masked_fill(too_far, -math.inf).view(rows, key_heads, -1, p)
     weights = torch.cat([prompt, own], dim=-1).float().softmax(dim=-1).to(value.dtype)
     attended = ungroup(group(weights[..., :p]) @ values) + weights[..., p:] @ value
-    return attended.view(rows, heads, t, width).transpose(1, 2), None
+    return attended.reshape(rows, heads, t, width).transpose(1, 2), None
+
+
+def concatenate(values: list):
+    """Joins the image features of several prompts: tensors, tuples of them (one an image), lists of such (one a layer
+    of the vision tower, for Qwen3-VL)."""
+    if torch.is_tensor(values[0]):
+        return torch.cat(values)
+    if torch.is_tensor(values[0][0]):
+        return tuple(tensor for value in values for tensor in value)
+    return [concatenate(list(layer)) for layer in zip(*values)]
 
 
 def checkpointed(forward, hidden: torch.Tensor) -> torch.Tensor:
@@ -1019,26 +1081,65 @@ def check_model(config: Config):
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--model {config.model}: its config.json cannot be read here or on the Hugging Face Hub. "
                         f"Check the name and the network. ({reason})") from error
-    if model_type not in ("qwen2_vl", "qwen2_5_vl"):
-        raise UserError(f"--model {config.model}: a {model_type} model, not a vision-language model that this file can "
-                        "train. Use a Qwen2-VL or Qwen2.5-VL checkpoint.")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as vision_language
+    if model_type not in vision_language:
+        raise UserError(f"--model {config.model}: a {model_type} model does not answer questions about images. Use a "
+                        "vision-language chat model, such as Qwen2.5-VL.")
 
 
-def load_backbone(config: Config, device: torch.device):
-    """(model, tokenizer, image processor) of a checkpoint, the model frozen."""
+def load_backbone(config: Config, device: torch.device) -> tuple:
+    """(model, processor) of a checkpoint, the model frozen. Raises UserError if they cannot work here."""
     import transformers
     check_model(config)
     try:
         hf = transformers.AutoModelForImageTextToText.from_pretrained(config.model, dtype=choose_dtype(config, device))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-        # the processor is taken apart since its video half needs torchvision; PIL pixels are the same everywhere
-        image_processor = transformers.AutoImageProcessor.from_pretrained(config.model, backend="pil")
+        if hf.config.model_type.startswith("qwen"):
+            image_processor = transformers.AutoImageProcessor.from_pretrained(config.model, backend="pil")
+            smallest = image_processor.size["shortest_edge"]  # in pixels of area, despite the name
+            image_processor.size = {"shortest_edge": min(smallest, config.max_pixels),
+                                    "longest_edge": config.max_pixels}
+            processor = QwenProcessor(transformers.AutoTokenizer.from_pretrained(config.model), image_processor)
+        else:
+            processor = transformers.AutoProcessor.from_pretrained(config.model)
+    except ImportError as error:
+        raise UserError(f"--model {config.model}: needs a package that is not installed "
+                        f"({' '.join(str(error).split())[:200]}).") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"--model {config.model}: cannot be loaded ({str(error).strip().splitlines()[0]}). "
                         "Check that the checkpoint is complete.") from error
-    smallest = image_processor.size["shortest_edge"]  # in pixels of area, despite the name
-    image_processor.size = {"shortest_edge": min(smallest, config.max_pixels), "longest_edge": config.max_pixels}
-    return hf.to(device).eval().requires_grad_(False), tokenizer, image_processor
+    layers = getattr(hf.get_decoder(), "layers", [None])
+    for works, lack in (
+            (processor.chat_template, "a chat template"),
+            (getattr(hf.config, "image_token_id", None) is not None, "an image token"),
+            (hasattr(getattr(hf, "model", None), "get_image_features")
+             and "mm_encoder_outputs" in inspect.signature(hf.model.forward).parameters,
+             "a vision tower that can be run apart"),
+            (all(hasattr(layer, "self_attn") and hasattr(layer, "mlp") for layer in layers),
+             "self_attn and mlp in every layer of its language model")):
+        if not works:
+            raise UserError(f"--model {config.model}: this {hf.config.model_type} model lacks {lack}, which training "
+                            "needs. Use another, such as Qwen2.5-VL.")
+    return hf.to(device).eval().requires_grad_(False), processor
+
+
+class QwenProcessor:
+    """The processor of the Qwen-VL models without its video half, which needs torchvision. Its pixels, cut by Pillow,
+    are the same on every machine."""
+
+    def __init__(self, tokenizer, image_processor):
+        self.tokenizer, self.image_processor, self.chat_template = tokenizer, image_processor, tokenizer.chat_template
+        self.apply_chat_template = tokenizer.apply_chat_template
+
+    def __call__(self, text: list[str], images: list[Image.Image], **kwargs) -> dict[str, torch.Tensor]:
+        """One text with one image, as in transformers: the placeholder is repeated, once for each visual token."""
+        pixels = self.image_processor(images=images, return_tensors="pt")
+        visual_tokens = int(pixels["image_grid_thw"].prod()) // self.image_processor.merge_size ** 2
+        text = text[0].replace("<|image_pad|>", "<|image_pad|>" * visual_tokens)
+        return {**self.tokenizer([text], **kwargs), **pixels}
+
+    def save_pretrained(self, folder: Path):
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
 
 
 # ---- Section 3.3: the update (Eq 7, 8) -------------------------------------------------------------------------------
@@ -1158,7 +1259,7 @@ def gradient_passes(prompts: list[Prompt], completions: list[list[Completion]], 
     the prompt into `max_tokens`, but at least one."""
     passes = []
     for prompt, group, earned in zip(prompts, completions, rewards):
-        room = max_tokens - len(prompt.image.features) - len(prompt.text)  # characters: no fewer than the text's tokens
+        room = max_tokens - len(prompt.image.ids) - len(prompt.text)  # characters: no fewer than the text's tokens
         size = max(1, room // max(len(c.token_ids) for c in group))
         passes += [(prompt, group[i:i + size], earned[i:i + size]) for i in range(0, len(group), size)]
     return passes
@@ -1762,9 +1863,9 @@ CHAT_TEMPLATE = (
 
 def build_backbone(corpus: list[str], phrases: list[str] = (), text: dict = {}, vision: dict = {}, seed: int = 0,
                    device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple:
-    """(model, tokenizer, image processor) of a Qwen2.5-VL with random weights and a byte-level BPE trained on `corpus`;
-    `save_pretrained` of the three makes a checkpoint folder that any transformers client can load. `phrases` become one
-    token each; `text` and `vision` override the sizes."""
+    """(model, processor) of a Qwen2.5-VL with random weights and a byte-level BPE trained on `corpus`; both have a
+    `save_pretrained`, which makes a checkpoint folder that any transformers client can load. `phrases` become one token
+    each; `text` and `vision` override the sizes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
@@ -1800,8 +1901,8 @@ def build_backbone(corpus: list[str], phrases: list[str] = (), text: dict = {}, 
     with torch.device(device):
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype).eval().requires_grad_(False)
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    return model, tokenizer, get_image_processor_class_from_name("Qwen2VLImageProcessorPil")(
-        size={"shortest_edge": 28 * 28, "longest_edge": 1280 * 28 * 28})
+    return model, QwenProcessor(tokenizer, get_image_processor_class_from_name("Qwen2VLImageProcessorPil")(
+        size={"shortest_edge": 28 * 28, "longest_edge": 1280 * 28 * 28}))
 
 
 # Whole phrases are tokens, so that a solution has about 20 and a colour asks for its die in a single attention step.
@@ -1830,11 +1931,10 @@ def make_dice_world(folder: Path, seed: int, num_images: int = 512, num_question
         image.save(folder / "holdout" / f"{i:04d}.png")
         rows.append({"image": f"holdout/{i:04d}.png", "question": question, "answer": str(answer)})
     append_jsonl(folder / "holdout.jsonl", rows)
-    backbone = _, tokenizer, image_processor = build_backbone(["\n".join(COLORS)] * 9, DICE_PHRASES, seed=seed)
-    policy = Policy(Config(device="cpu"), backbone)
+    policy = Policy(Config(device="cpu"), build_backbone(["\n".join(COLORS)] * 9, DICE_PHRASES, seed=seed))
     policy.peft.disable_adapter_layers()
     teach(policy, warmup_steps, seed)
-    for whole in (policy.peft.unload(), tokenizer, image_processor):
+    for whole in (policy.peft.unload(), policy.processor):
         whole.save_pretrained(folder / ".model.part")
     os.rename(folder / ".model.part", folder / "model")
 
@@ -1847,22 +1947,23 @@ def teach(policy: Policy, steps: int, seed: int, batch_size: int = 64, lr: float
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min(1.0, (t + 1) / 40) * (1 + math.cos(math.pi * t / steps)) / 2)
     for step in range(1, steps + 1):
-        images, inputs, labels = [], [], []
+        pixels, inputs, labels = [], [], []
         for _ in range(batch_size):
             image, dice = draw_dice(rng)
             question, colors, _ = dice_question(dice, rng)
             prompt, reply = ((proposer_prompt(), f"<question>{question}</question>") if rng.random() < 0.15 else
                              (solver_prompt(question), dice_solution(dice, colors, facts, rng)))
-            images.append(image)
-            prompt_ids = policy.prompt_ids(Prompt(EncodedImage(torch.empty(4), torch.empty(0)), prompt))
+            head_ids, inputs_of_image = policy.preprocess(image)
+            pixels.append(inputs_of_image)
+            prompt_ids = policy.prompt_ids(Prompt(EncodedImage(head_ids, {}, None), prompt))
             reply_ids = policy.tokenize(reply) + [policy.tokenizer.eos_token_id]
             inputs.append(torch.tensor(prompt_ids + reply_ids))
             labels.append(torch.tensor([-100] * len(prompt_ids) + reply_ids))
         ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)
         targets = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-        pixels = policy.image_processor(images=images, return_tensors="pt")
         image_mask = (ids == policy.image_token_id).int()
-        loss = policy.hf(input_ids=ids, labels=targets, mm_token_type_ids=image_mask, **pixels).loss
+        loss = policy.hf(input_ids=ids, labels=targets, mm_token_type_ids=image_mask,
+                         **{name: torch.cat([p[name] for p in pixels]) for name in pixels[0]}).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -2065,7 +2166,7 @@ def bench(config: Config, args: argparse.Namespace):
     policy.stop_ids = set()  # nothing ends a rollout early
     learners = {role: Learner(policy, role) for role in ROLES}
     images = [Image.effect_noise(image_size, 100).convert("RGB") for _ in range(b)]
-    weights = sum(w.numel() for w in [*policy.hf.model.language_model.layers.parameters(), policy.hf.lm_head.weight])
+    weights = sum(w.numel() for w in [*policy.hf.model.language_model.layers.parameters(), policy.lm_head.weight])
     name = torch.cuda.get_device_name(device) if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{args.size}: {sum(w.numel() for w in policy.hf.parameters()) / 1e6:.1f} M parameters, {dtype}, {name}; "
           f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}\n"
@@ -2118,9 +2219,8 @@ def bench(config: Config, args: argparse.Namespace):
     write_json(args.json, result)
 
 
-def bench_prompt(policy: Policy, features: torch.Tensor, grid: torch.Tensor, tokens: int) -> Prompt:
+def bench_prompt(policy: Policy, image: EncodedImage, tokens: int) -> Prompt:
     """A prompt of that many tokens, or of as few as the image and the chat template allow."""
-    image = EncodedImage(features, grid)
     return Prompt(image, "x" * (tokens - len(policy.prompt_ids(Prompt(image, "")))))  # a token each
 
 
@@ -2130,7 +2230,7 @@ def bench_step(policy: Policy, learners: dict[str, Learner], images: list, promp
     config, clock = policy.config, policy.clock
     clock.lap()
     with clock.phase("propose"):
-        prompts = [bench_prompt(policy, i.features, i.grid, prompt_tokens) for i in policy.encode_images(images)]
+        prompts = [bench_prompt(policy, image, prompt_tokens) for image in policy.encode_images(images)]
         proposals = policy.sample("proposer", prompts, 1, config.max_new_tokens_proposer, 1.0, 2 * step)
     with clock.phase("solve"):
         rollouts = policy.sample("solver", prompts, n, config.max_new_tokens_solver, 1.0, 2 * step + 1)
@@ -2146,10 +2246,8 @@ def naive_step(policy: Policy, learners: dict[str, Learner], images: list, promp
     config, clock = policy.config, policy.clock
     clock.lap()
     for image in images:
-        pixels = policy.image_processor(images=[image], return_tensors="pt").to(policy.device)
-        pixels["pixel_values"] = pixels["pixel_values"].to(policy.hf.dtype)
-        visual = torch.empty(int(pixels["image_grid_thw"].prod()) // 4)
-        ids = policy.prompt_ids(bench_prompt(policy, visual, visual, prompt_tokens))
+        head_ids, pixels = policy.preprocess(image)
+        ids = policy.prompt_ids(bench_prompt(policy, EncodedImage(head_ids, {}, None), prompt_tokens))
         prompt = torch.tensor([ids], device=policy.device)                                                  # (1, P)
         inputs = lambda ids: {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels,
                               "mm_token_type_ids": (ids == policy.image_token_id).int()}
