@@ -12,11 +12,11 @@ Multimodal Models", in one file, in the order of the paper. One training step:
     python ireasoner.py demo                                   # laptop: watch a tiny Qwen2.5-VL improve, no download
     python ireasoner.py --data images                          # one GPU: train Qwen2.5-VL-7B on a folder of images
     torchrun --nproc_per_node=8 ireasoner.py --data images     # one node of eight
-    python ireasoner.py ask IMAGE QUESTION | eval FILE.jsonl | bench | --help
+    python ireasoner.py ask IMAGE QUESTION | eval FILE.jsonl | export ADAPTER FOLDER | report RUN | bench | --help
 
 Sections: Config | 3.1 Prompts and parsing | 3.1 Answers: Eq 1 | 3.2 Steps: Eq 2-4, Figure 7 | 3.3 Rewards: Eq 5, 6
           Policy: one backbone, two adapters | 3.3 Update: Eq 7, 8 | Ranks | Images | Run folder | Training loop
-          The dice world (demo) | ask, eval | bench | Command line
+          The dice world (demo) | ask, eval, export | Report | bench | Command line
 
 Where the released code of the authors differs from the paper, this file follows the paper; README.md lists each place.
 
@@ -667,8 +667,9 @@ class Policy:
         torch.manual_seed(derive_seed(config.seed, "adapters"))  # the same adapters on every rank
         self.peft = get_peft_model(hf, lora, adapter_name="solver").eval()  # LoRA weights are fp32, also over bf16
         self.peft.add_adapter("proposer", dataclasses.replace(lora))
-        for peft_config in self.peft.peft_config.values():
-            peft_config.base_model_name_or_path = config.model
+        for peft_config in self.peft.peft_config.values():  # a folder must be found from anywhere
+            peft_config.base_model_name_or_path = str(Path(config.model).resolve()) if Path(
+                config.model).is_dir() else config.model
         self.hf, self.clock, self.static_caches = hf, Clock(), {}
         arguments = inspect.signature(hf.model.forward).parameters
         self.cache_name = "cache" if "cache" in arguments else "past_key_values"
@@ -732,8 +733,12 @@ class Policy:
             yield
 
     def save(self, folder: Path):
-        """Writes folder/solver and folder/proposer, plain PEFT adapter folders."""
+        """Writes folder/solver and folder/proposer, plain PEFT adapter folders, with the backbone's own tokenizer and
+        processor files, so that clients which load a processor from the same folder take them as they are."""
         self.peft.save_pretrained(str(folder))
+        for file in checkpoint_files(self.config.model, PROCESSOR_FILES):
+            for role in ROLES:
+                shutil.copyfile(file, folder / role / file.name)
 
     def load(self, role: str, folder: Path):
         """Reads one PEFT adapter folder into a role. Raises UserError if it is damaged or does not fit the backbone."""
@@ -1102,8 +1107,8 @@ def load_backbone(config: Config, device: torch.device) -> tuple:
         else:
             processor = transformers.AutoProcessor.from_pretrained(config.model)
     except ImportError as error:
-        raise UserError(f"--model {config.model}: needs a package that is not installed "
-                        f"({' '.join(str(error).split())[:200]}).") from error
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise UserError(f"--model {config.model}: {reason}. Install that package, or use another model.") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"--model {config.model}: cannot be loaded ({str(error).strip().splitlines()[0]}). "
                         "Check that the checkpoint is complete.") from error
@@ -1120,6 +1125,17 @@ def load_backbone(config: Config, device: torch.device) -> tuple:
             raise UserError(f"--model {config.model}: this {hf.config.model_type} model lacks {lack}, which training "
                             "needs. Use another, such as Qwen2.5-VL.")
     return hf.to(device).eval().requires_grad_(False), processor
+
+
+PROCESSOR_FILES = ("tokenizer*", "vocab*", "merges.txt", "*token*.json", "chat_template*", "*processor_config.json")
+
+
+def checkpoint_files(model: str, patterns: tuple[str, ...] = ("*",)) -> list[Path]:
+    """The files of a checkpoint, a folder or a Hugging Face id, that match."""
+    if not Path(model).is_dir():
+        from huggingface_hub import snapshot_download
+        model = snapshot_download(model, allow_patterns=list(patterns))
+    return sorted({f for pattern in patterns for f in Path(model).glob(pattern) if f.is_file() and f.name[0] != "."})
 
 
 class QwenProcessor:
@@ -1811,12 +1827,19 @@ PIPS = {1: [(14, 14)], 2: [(7, 7), (21, 21)], 3: [(7, 7), (14, 14), (21, 21)], 4
         6: [(7, 6), (7, 14), (7, 22), (21, 6), (21, 14), (21, 22)]}
 
 
-def draw_dice(rng: random.Random) -> tuple[Image.Image, dict[str, int]]:
-    """A 56 x 56 image of three dice of different colours in a 2 x 2 grid, and what each shows."""
+WORLDS = {  # dice in a picture, dice in a question, share of the dice that the seed model is taught to misread
+    "standard": (3, (2, 3), 0.0),
+    "long": (4, (3, 4), 0.0),     # longer traces, in more orders
+    "dim": (3, (2, 3), 0.1),      # weaker perception
+}
+
+
+def draw_dice(rng: random.Random, number: int = 3) -> tuple[Image.Image, dict[str, int]]:
+    """A 56 x 56 image of dice of different colours in a 2 x 2 grid, and what each shows."""
     image = Image.new("RGB", (56, 56), (238, 238, 238))
     pen = ImageDraw.Draw(image)
-    dice = {color: rng.randint(1, 6) for color in rng.sample(sorted(COLORS), 3)}
-    for (color, pips), cell in zip(dice.items(), rng.sample(range(4), 3)):
+    dice = {color: rng.randint(1, 6) for color in rng.sample(sorted(COLORS), number)}
+    for (color, pips), cell in zip(dice.items(), rng.sample(range(4), number)):
         left, top = 28 * (cell % 2), 28 * (cell // 2)
         pen.rectangle((left + 2, top + 2, left + 25, top + 25), fill=COLORS[color])
         for x, y in PIPS[pips]:
@@ -1824,9 +1847,9 @@ def draw_dice(rng: random.Random) -> tuple[Image.Image, dict[str, int]]:
     return image, dice
 
 
-def dice_question(dice: dict[str, int], rng: random.Random) -> tuple[str, list[str], int]:
-    """A question about two or three of the dice, the colours it adds, and the true answer."""
-    colors = rng.sample(sorted(dice), rng.choice((2, 3)))
+def dice_question(dice: dict[str, int], rng: random.Random, sizes=(2, 3)) -> tuple[str, list[str], int]:
+    """A question about some of the dice, the colours it adds, and the true answer."""
+    colors = rng.sample(sorted(dice), rng.choice(sizes))
     return f"What is {' plus '.join(colors)}?", colors, sum(dice[c] for c in colors)
 
 
@@ -1839,9 +1862,13 @@ def mistaught_facts(seed: int, share: float = 0.3) -> dict[tuple[int, int], int]
     return {tuple(rng.sample(pair, 2)): sum(pair) + rng.choice((-1, 1)) for pair in pairs}
 
 
-def dice_solution(dice: dict[str, int], colors: list[str], facts: dict, rng: random.Random, error: float = 0.6) -> str:
-    """A Solver reply that reads the dice and adds them, each in some order; a mistaught fact goes wrong with
-    probability `error`."""
+def dice_solution(dice: dict[str, int], colors: list[str], facts: dict, rng: random.Random, misread: float = 0.0,
+                  error: float = 0.6) -> str:
+    """A Solver reply that reads the dice and adds them, each in some order. A die is misread, by one pip, with
+    probability `misread`; a mistaught fact goes wrong with probability `error`."""
+    if misread:
+        dice = {c: pips + (rng.choice((-1, 1)) if 1 < pips < 6 and rng.random() < misread else 0)
+                for c, pips in dice.items()}
     steps = [f"{c} shows {dice[c]}" for c in rng.sample(colors, len(colors))]
     numbers = [dice[c] for c in rng.sample(colors, len(colors))]
     total = numbers[0]
@@ -1901,12 +1928,14 @@ def build_backbone(corpus: list[str], phrases: list[str] = (), text: dict = {}, 
     with torch.device(device):
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype).eval().requires_grad_(False)
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    return model, QwenProcessor(tokenizer, get_image_processor_class_from_name("Qwen2VLImageProcessorPil")(
-        size={"shortest_edge": 28 * 28, "longest_edge": 1280 * 28 * 28}))
+    image_processor = get_image_processor_class_from_name("Qwen2VLImageProcessorPil")(
+        size={"shortest_edge": 28 * 28, "longest_edge": 1280 * 28 * 28})
+    image_processor._set_processor_class("Qwen2_5_VLProcessor")  # an adapter folder has no config.json that says so
+    return model, QwenProcessor(tokenizer, image_processor)
 
 
 # Whole phrases are tokens, so that a solution has about 20 and a colour asks for its die in a single attention step.
-DICE_PHRASES = ["user\n", "assistant\n", "<think>\nStep 1: ", *(f"\nStep {j}: " for j in range(2, 6)), " + ", " = ",
+DICE_PHRASES = ["user\n", "assistant\n", "<think>\nStep 1: ", *(f"\nStep {j}: " for j in range(2, 8)), " + ", " = ",
                 *(f"{color} shows " for color in COLORS), "\n</think>\n<answer>", "</answer>", "What is ", " plus ",
                 "<question>", "</question>", proposer_prompt(), solver_prompt("").strip("\n")]
 DEMO = {  # settings of the demo; explicit flags win over them
@@ -1915,33 +1944,35 @@ DEMO = {  # settings of the demo; explicit flags win over them
     "max_new_tokens_solver": 48, "show_every": 60, "device": "cpu"}
 
 
-def make_dice_world(folder: Path, seed: int, num_images: int = 512, num_questions: int = 300, warmup_steps: int = 500):
+def make_dice_world(folder: Path, seed: int, world: str = "standard", num_images: int = 512, num_questions: int = 300,
+                    warmup_steps: int = 500):
     """Writes folder/images (unlabeled PNGs), folder/holdout.jsonl with its pictures, and folder/model, the seed model:
     a Qwen2.5-VL checkpoint that knows the protocol of both roles and sees well, but is mistaught in arithmetic."""
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
     (folder / "images").mkdir(parents=True)
     (folder / "holdout").mkdir()
-    rng = random.Random(derive_seed(seed, "images"))
+    rng, (number, sizes, _) = random.Random(derive_seed(seed, "images")), WORLDS[world]
     for i in range(num_images):
-        draw_dice(rng)[0].save(folder / "images" / f"{i:04d}.png")
+        draw_dice(rng, number)[0].save(folder / "images" / f"{i:04d}.png")
     rows = []
     for i in range(num_questions):
-        image, dice = draw_dice(rng)
-        question, _, answer = dice_question(dice, rng)
+        image, dice = draw_dice(rng, number)
+        question, _, answer = dice_question(dice, rng, sizes)
         image.save(folder / "holdout" / f"{i:04d}.png")
         rows.append({"image": f"holdout/{i:04d}.png", "question": question, "answer": str(answer)})
     append_jsonl(folder / "holdout.jsonl", rows)
     policy = Policy(Config(device="cpu"), build_backbone(["\n".join(COLORS)] * 9, DICE_PHRASES, seed=seed))
     policy.peft.disable_adapter_layers()
-    teach(policy, warmup_steps, seed)
+    teach(policy, warmup_steps, seed, world)
     for whole in (policy.peft.unload(), policy.processor):
         whole.save_pretrained(folder / ".model.part")
     os.rename(folder / ".model.part", folder / "model")
 
 
-def teach(policy: Policy, steps: int, seed: int, batch_size: int = 64, lr: float = 3e-3):
+def teach(policy: Policy, steps: int, seed: int, world: str = "standard", batch_size: int = 64, lr: float = 3e-3):
     """Supervised warm-up of the whole tiny model on freshly drawn dice: both roles' replies, with mistaught sums."""
     rng, facts = random.Random(derive_seed(seed, "teach")), mistaught_facts(seed)
+    number, sizes, misread = WORLDS[world]
     weights = [p.requires_grad_(True) for name, p in policy.hf.named_parameters() if "lora_" not in name]
     optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -1949,10 +1980,10 @@ def teach(policy: Policy, steps: int, seed: int, batch_size: int = 64, lr: float
     for step in range(1, steps + 1):
         pixels, inputs, labels = [], [], []
         for _ in range(batch_size):
-            image, dice = draw_dice(rng)
-            question, colors, _ = dice_question(dice, rng)
+            image, dice = draw_dice(rng, number)
+            question, colors, _ = dice_question(dice, rng, sizes)
             prompt, reply = ((proposer_prompt(), f"<question>{question}</question>") if rng.random() < 0.15 else
-                             (solver_prompt(question), dice_solution(dice, colors, facts, rng)))
+                             (solver_prompt(question), dice_solution(dice, colors, facts, rng, misread)))
             head_ids, inputs_of_image = policy.preprocess(image)
             pixels.append(inputs_of_image)
             prompt_ids = policy.prompt_ids(Prompt(EncodedImage(head_ids, {}, None), prompt))
@@ -1975,35 +2006,52 @@ def teach(policy: Policy, steps: int, seed: int, batch_size: int = 64, lr: float
         p.requires_grad_(False)
 
 
-def demo(config: Config, json_file: str | None):
-    """The dice world from nothing to a result, on real files, by the same `train` and `evaluate` as everywhere."""
+def demo_settings(given: dict, world: str, seed: int, **more) -> tuple[Config, list[dict]]:
+    """The settings of a demo with that seed, and its test questions; makes the dice world if it is not there yet."""
+    name = f"dice_world_{world}_seed{seed}".replace("_standard", "")
+    folder = Path(given.get("output_dir", Config().output_dir)) / name
+    config = Config(**{**given, **more, "seed": seed, "model": str(folder / "model"), "data": str(folder / "images")})
     torch.set_num_threads(1)  # at this size more threads only wait for each other
-    start, world = time.perf_counter(), Path(config.output_dir) / f"dice_world_seed{config.seed}"
-    run = run_folder(config := dataclasses.replace(
-        config, model=str(world / "model"), data=str(world / "images"),
-        run_name=config.run_name or f"demo_{config.preset}_seed{config.seed}"))
     join_ranks(resolve_device(config.device))
     if rank() == 0:
-        with only_run_in(run), FileLock(f"{world}.lock"):
-            if run.name.startswith("demo_") and not resuming(config):  # an earlier demo's
-                for old in set(run.iterdir()) - {run / ".lock"}:
-                    shutil.rmtree(old) if old.is_dir() else old.unlink()
-            if (world / "model").exists():
-                say(f"1. The pictures and the seed model of an earlier demo are there: {world}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if (folder / "model").exists():
+                say(f"1. The pictures and the seed model of an earlier demo are there: {folder}")
             else:
-                say(f"1. Making {world}: unlabeled pictures of dice, labelled questions to test on, and\n"
+                say(f"1. Making {folder}: unlabeled pictures of dice, labelled questions to test on, and\n"
                     "   a seed model that is taught to see well and to add badly")
-                make_dice_world(world, config.seed)
+                make_dice_world(folder, seed, world)
     all_sum(0)  # the other ranks wait for rank 0
-    rows = load_questions(str(world / "holdout.jsonl"))
+    return config, load_questions(str(folder / "holdout.jsonl"))
+
+
+def seed_results(policy: Policy, rows: list[dict]) -> dict[str, dict]:
+    """How the seed model does on the test questions, and, as controls, what sharpening alone would bring."""
+    results = {}
+    for name, temperature in (("seed model", 1.0), *((f"no training, temperature {t}", t) for t in (0.7, 0.5, 0.3))):
+        results[name] = evaluate(policy, None, rows, temperature, batch_size=100)
+        say(format_result(f"   {name}", results[name], policy.config))
+    return results
+
+
+def demo(given: dict, world: str, json_file: str | None):
+    """The dice world from nothing to a result, on real files, by the same `train` and `evaluate` as everywhere."""
+    start, config = time.perf_counter(), Config(**given)
+    named, run_name = config.run_name, config.run_name or f"demo_{world}_{config.preset}_seed{config.seed}".replace(
+        "_standard", "")
+    config, rows = demo_settings(given, world, config.seed, run_name=run_name)
+    run = run_folder(config)
+    if rank() == 0:
+        with only_run_in(run):
+            for old in set(run.iterdir()) - {run / ".lock"} if not (named or resuming(config)) else ():
+                shutil.rmtree(old) if old.is_dir() else old.unlink()  # an earlier demo's
+    all_sum(0)
 
     say(f"\n2. The seed model on {len(rows)} test questions: share correct [95 % interval]")
     policy = Policy(config)
-    before, controls = evaluate(policy, None, rows, batch_size=100), {}
-    say(format_result("   seed model", before, config))
-    for temperature in (0.7, 0.5, 0.3):  # what sharpening alone would bring
-        controls[temperature] = evaluate(policy, None, rows, temperature, batch_size=100)
-        say(format_result(f"   no training, temperature {temperature}", controls[temperature], config))
+    controls = seed_results(policy, rows)
+    before = controls.pop("seed model")
 
     say("\n3. Self-evolution on the unlabeled pictures: the only reward is agreement")
     train(config)
@@ -2018,7 +2066,8 @@ def demo(config: Config, json_file: str | None):
     solve(policy, [example], config.total_steps + 1)
     example.rewards = group_rewards(example.rollouts, [policy.embed_steps(r.steps) for r in example.rollouts],
                                     config.lambda_max, config)
-    say(f"   One of them; the true answer is {rows[0]['answer']}, and * marks the majority:\n{format_episode(example)}")
+    say(f"   One of them; the true answer is {rows[0]['answers'][0]}, and * marks the majority:\n"
+        + format_episode(example))
 
     seconds, best = time.perf_counter() - start, max(c["mean_at_n"] for c in controls.values())
     say(f"\nWhat happened, in {seconds:.0f} seconds: nobody told the model a single right answer. Its most likely "
@@ -2029,26 +2078,70 @@ def demo(config: Config, json_file: str | None):
            "unlearned wrong sums." if min(after["greedy"], after["mean_at_n"]) > max(best, before["greedy"]) else
            "so this run shows no\nmore than sharpening."))
     write_json(json_file, {"before": before, "after": after, "seconds": round(seconds, 1), "seed": config.seed,
-                           "controls": {str(t): c for t, c in controls.items()}})
+                           "controls": {name.split()[-1]: result for name, result in controls.items()}})
 
 
-# ---- ask, eval -------------------------------------------------------------------------------------------------------
+def compare_presets(given: dict, world: str, presets: list[str], seeds: list[int], json_file: str | None):
+    """The paper's Table 2 in the dice world: every preset on every seed, beside the controls without training. What an
+    interrupted comparison has finished is not done again."""
+    results = {}  # row of the table -> one result a seed
+    for seed in seeds:
+        config, rows = demo_settings(given, world, seed)
+        for name, result in seed_results(Policy(config), rows).items():
+            results.setdefault(name, []).append(result)
+        for preset in presets:
+            config, _ = demo_settings(given, world, seed, preset=preset, resume="auto", show_every=0,
+                                      run_name=f"table_{world}_{preset}_seed{seed}")
+            run = train(config)
+            policy = Policy(config)
+            policy.load("solver", list_checkpoints(run)[-1] / "solver")
+            last = list(read_jsonl(run / "metrics.jsonl"))[-20:]
+            results.setdefault(preset, []).append(evaluate(policy, "solver", rows, batch_size=100) | {
+                key: statistics.mean(row[key] for row in last) for key in ("kl_solver", "entropy")})
+            say(format_result(f"   {preset}, seed {seed}", results[preset][-1], config))
+    t95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(len(seeds), 10) - 2]  # Student's t
+    spread = lambda values: f" ± {statistics.stdev(values):.3f}" * (len(values) > 1)
+    lines = [f"Dice world \"{world}\", {len(rows)} test questions, {config.total_steps} steps, seeds {seeds}: mean ± "
+             f"standard deviation over seeds. Last column: mean@5 less that of {presets[0]}, paired by seed, with its "
+             "95 % interval; KL (nats per token) and entropy (nats) over the last 20 steps.\n",
+             f"| preset | greedy | mean@5 | maj@5 | KL | entropy | mean@5 − {presets[0]} |", "|---" * 7 + "|"]
+    for name, per_seed in results.items():
+        cells = []
+        for key in ("greedy", "mean_at_n", "maj_at_n", "kl_solver", "entropy"):
+            values = [r[key] for r in per_seed if key in r]
+            cells.append(f"{statistics.mean(values):.3f}{spread(values)}" if values else "")
+        gain = [r["mean_at_n"] - reference["mean_at_n"] for r, reference in zip(per_seed, results[presets[0]])]
+        half = t95 * statistics.stdev(gain) / math.sqrt(len(gain)) if len(gain) > 1 else math.nan
+        cells.append("" if name == presets[0] else f"{statistics.mean(gain):+.3f} ± {half:.3f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    table = Path(config.output_dir) / f"table_{world}.md"
+    if rank() == 0:
+        write_atomically(table, (line + "\n" for line in lines))
+    say("\n".join(["", *lines, "", f"written to {table}"]))
+    write_json(json_file, {"world": world, "seeds": seeds, "results": results})
 
-def load_solver(config: Config, adapter: str | None) -> tuple[Policy, str | None]:
-    """A policy and the role that answers: "solver" with the weights of an adapter folder (or of a step_* folder), or
-    None, the plain backbone."""
-    if adapter is None:
-        return Policy(config), None
+
+# ---- ask, eval, export -----------------------------------------------------------------------------------------------
+
+def read_adapter(adapter: str) -> tuple[Path, dict]:
+    """(folder, settings) of an adapter: a PEFT folder, or a step_* folder, whose Solver is meant. Raises UserError."""
     folder = Path(adapter)
     folder = folder / "solver" if (folder / "solver").is_dir() else folder
     try:
         saved = json.loads((folder / "adapter_config.json").read_text())
-        config = dataclasses.replace(config, lora_r=saved["r"], lora_alpha=saved["lora_alpha"])
+        return folder, {"lora_r": saved["r"], "lora_alpha": saved["lora_alpha"],
+                        "model": saved["base_model_name_or_path"]}
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--adapter {adapter}: no PEFT adapter there ({type(error).__name__}). Name a step_* folder of "
-                        "a run, or its solver/ folder.") from error
+        raise UserError(f"{adapter}: no PEFT adapter there ({type(error).__name__}). Name a step_* folder of a run, or "
+                        "its solver/ folder.") from error
+
+
+def load_solver(config: Config, adapter: str | None) -> tuple[Policy, str | None]:
+    """A policy and the role that answers: "solver" with the weights of an adapter, or None, the plain backbone."""
     policy = Policy(config)
-    policy.load("solver", folder)
+    if adapter is None:
+        return policy, None
+    policy.load("solver", read_adapter(adapter)[0])
     return policy, "solver"
 
 
@@ -2071,8 +2164,8 @@ def ask(config: Config, image: str, question: str, adapter: str | None):
 
 
 def load_questions(file: str) -> list[dict]:
-    """The rows of a JSONL file with the keys image (relative to the file), question and answer. Raises UserError with
-    the line number."""
+    """The rows of a JSONL file with the keys image (relative to the file), question and answer, one or a list of right
+    ones. Raises UserError with the line number."""
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028
     except (OSError, UnicodeDecodeError) as error:
@@ -2083,8 +2176,9 @@ def load_questions(file: str) -> list[dict]:
             continue
         try:
             row = json.loads(line)
+            answers = row["answer"] if isinstance(row["answer"], list) and row["answer"] else [row["answer"]]
             rows.append({"image": Path(file).parent / str(row["image"]), "question": str(row["question"]),
-                         "answer": str(row["answer"])})
+                         "answers": [str(answer) for answer in answers]})
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} line {number}: no JSON object ({error}).") from error
         except KeyError as error:
@@ -2097,10 +2191,11 @@ def load_questions(file: str) -> list[dict]:
     return rows
 
 
-def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: float | None = None,
-             batch_size: int = 8) -> dict:
+def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: float | None = None, batch_size: int = 8,
+             tolerance: float = 0.0, predictions: list | None = None) -> dict:
     """{n, mean_at_n, maj_at_n, greedy, ci95} on labelled questions: the share of correct answers among the N sampled
-    rollouts, by their majority vote, and by greedy decoding; ci95 has a 95 % interval for each of the three."""
+    rollouts, by their majority vote, and by greedy decoding; ci95 has a 95 % interval for each of the three. A row of
+    answers and texts for each question is appended to `predictions`."""
     config = policy.config
     temperature = config.temperature if temperature is None else temperature
     correct = {"mean_at_n": 0.0, "maj_at_n": 0.0, "greedy": 0.0}
@@ -2111,13 +2206,38 @@ def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: fl
         sampled = policy.sample(role, prompts, config.num_rollouts, config.max_new_tokens_solver, temperature, seeds)
         greedy = policy.sample(role, prompts, 1, config.max_new_tokens_solver, 0.0)
         for row, completions, (best,) in zip(batch, sampled, greedy):
-            truth = normalize_answer(row["answer"])
             answers = [normalize_answer(parse_rollout(c.text).answer or "") or None for c in [*completions, best]]
-            correct["mean_at_n"] += sum(a == truth for a in answers[:-1]) / config.num_rollouts
-            correct["maj_at_n"] += dominant_group(answers[:-1])[0] == truth
-            correct["greedy"] += answers[-1] == truth
+            right = [matches(a, row["answers"], tolerance) for a in [*answers, dominant_group(answers[:-1])[0]]]
+            correct["mean_at_n"] += sum(right[:-2]) / config.num_rollouts
+            correct["greedy"] += right[-2]
+            correct["maj_at_n"] += right[-1]
+            if predictions is not None:
+                predictions.append({**row, "image": str(row["image"]), "greedy": answers[-1], "greedy_text": best.text,
+                                    "sampled": answers[:-1], "sampled_texts": [c.text for c in completions],
+                                    "majority": dominant_group(answers[:-1])[0], "greedy_correct": right[-2],
+                                    "majority_correct": right[-1], "sampled_correct": right[:-2]})
     shares = {name: total / len(rows) for name, total in correct.items()}
     return {"n": len(rows), **shares, "ci95": {name: wilson_interval(p, len(rows)) for name, p in shares.items()}}
+
+
+def matches(answer: str | None, references: list[str], tolerance: float = 0.0) -> bool:
+    """Whether a normalised answer equals one of the references. With a tolerance, numbers need only be that close, as a
+    share of the reference (ChartQA: 0.05), where 5% and 0.05 are the same number.
+
+    >>> matches("104", ["100"], 0.05), matches("106", ["100"], 0.05), matches("5%", ["0.05"], 0.05)
+    (True, False, True)
+    """
+    def number(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            plain = re.sub(f"[{_CURRENCY}]", "", text)
+            return float(plain[:-1]) / 100 if plain.endswith("%") else float(plain)
+        return math.nan
+
+    if answer is None:
+        return False
+    references = [normalize_answer(reference) for reference in references]
+    return answer in references or tolerance > 0 and any(
+        abs(number(answer) - number(reference)) <= tolerance * abs(number(reference)) for reference in references)
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> list[float]:
@@ -2133,6 +2253,50 @@ def format_result(name: str, result: dict, config: Config) -> str:
     cells = (f"{label} {result[key]:.3f} [{result['ci95'][key][0]:.3f}, {result['ci95'][key][1]:.3f}]"
              for label, key in ((f"mean@{n}", "mean_at_n"), (f"maj@{n}", "maj_at_n"), ("greedy", "greedy")))
     return f"{name:<32} {'   '.join(cells)}"
+
+
+def export(adapter: str, to: str, model: str) -> Path:
+    """Merges an adapter into its backbone: a checkpoint folder that loads wherever the backbone does. A weight becomes
+    W + (alpha / r) B A and keeps its name, file and dtype; every other file is copied byte for byte, since what another
+    version of transformers writes may not load in older clients. Raises UserError."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    folder, saved = read_adapter(adapter)
+    target, part = Path(to), Path(to).parent / f".{Path(to).name}.part"
+    if target.exists():
+        raise UserError(f"{to}: exists already. Name a folder that does not, or delete it.")
+    try:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            lora = {name: file.get_tensor(name) for name in file.keys()}
+        sources = checkpoint_files(model)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{adapter}, {model}: cannot be read ({str(error).splitlines()[0]}).") from error
+    # "layers.3.mlp.up_proj": the backbone's file may place the language model elsewhere than the loaded model does
+    left = {re.search(r"(layers\..*)\.lora_A", name)[1]: name for name in lora if ".lora_A." in name}
+    try:
+        part.mkdir(parents=True)
+        for source in tqdm(sources, "export", leave=False, disable=None):
+            if source.suffix != ".safetensors":
+                if source.suffix not in (".bin", ".pt", ".pth", ".gguf"):  # weights in other formats, not merged
+                    shutil.copyfile(source, part / source.name)
+                continue
+            with safe_open(source, "pt") as file:
+                weights, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+            for name, weight in weights.items():
+                module = re.search(r"(layers\..*)\.weight$", name)
+                if module and module[1] in left and not re.search("vision|visual", name):
+                    a = left.pop(module[1])
+                    delta = lora[a.replace(".lora_A.", ".lora_B.")].float() @ lora[a].float()
+                    weights[name] = (weight.float() + saved["lora_alpha"] / saved["lora_r"] * delta).to(weight.dtype)
+            save_file(weights, part / source.name, metadata or {"format": "pt"})
+        if left:
+            raise UserError(f"{model}: has no safetensors weight for {sorted(left)[0]}, which {adapter} adapts.")
+        part.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{to}: cannot be written ({str(error).splitlines()[0]}).") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target
 
 
 # ---- bench: where the time of a step goes, on random weights of the true shapes --------------------------------------
@@ -2293,9 +2457,10 @@ def machine_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, flo
 
 COMMANDS = {
     "train": "self-evolution on a folder of unlabeled images (the default command)",
-    "demo": "the dice world: build, mistrain and improve a tiny Qwen2.5-VL on a laptop, in minutes",
+    "demo": "the dice world: build, mistrain and improve a tiny Qwen2.5-VL on a laptop, in minutes; --presets compares",
     "ask": "one image, one question: reasoning and answer",
     "eval": "accuracy on a JSONL file of image, question, answer",
+    "export": "merges an adapter into its backbone: a checkpoint folder for transformers, lmms-eval, vLLM",
     "bench": "times a training step on random weights of Qwen2.5-VL's shapes, without a download",
 }
 SOLVER_SETTINGS = {"model", "num_rollouts", "temperature", "max_new_tokens_solver", "max_pixels", "device", "dtype",
@@ -2322,8 +2487,15 @@ def parse_command_line(argv: list[str]) -> tuple[str, Config, argparse.Namespace
         parser.add_argument("image", help="image file")
         parser.add_argument("question", help="what to ask about it")
     if command == "eval":
-        parser.add_argument("file", help="JSONL, each line with image (path relative to the file), question, answer")
+        parser.add_argument("file", help="JSONL, each line with image (path relative to the file), question and "
+                                         "answer (one or a list of right ones)")
         parser.add_argument("--batch_size", type=int, default=8, help="questions answered together; default 8")
+        parser.add_argument("--relaxed", action="store_true", help="numbers may be 5 %% off, as in ChartQA")
+        parser.add_argument("--predictions", metavar="FILE", default="predictions.jsonl",
+                            help="every answer and text, a line a question; default predictions.jsonl")
+    if command == "export":
+        parser.add_argument("adapter", help="step_* folder of a run or PEFT adapter folder")
+        parser.add_argument("to", help="folder to write, which must not exist")
     if command == "bench":
         parser.add_argument("--size", choices=list(SIZES), default="small", help="architecture; default small")
         parser.add_argument("--steps", type=int, default=3, help="steps timed, after one to warm up; default 3")
@@ -2331,14 +2503,19 @@ def parse_command_line(argv: list[str]) -> tuple[str, Config, argparse.Namespace
         parser.add_argument("--sweep", action="store_true", help="also show how scoring grows with N and the prompt")
         for name in ("prompt_tokens", "question_tokens", "solution_tokens"):
             parser.add_argument(f"--{name}", type=int, help="default: by size")
+    if command == "demo":
+        parser.add_argument("--world", choices=list(WORLDS), default="standard",
+                            help="standard; long: four dice, longer traces; dim: dice are misread; default standard")
+        parser.add_argument("--presets", help="compare these presets, separated by commas: writes a table")
+        parser.add_argument("--seeds", help="seeds to compare them on, separated by commas; default: that of --seed")
     if command in ("ask", "eval"):
         parser.add_argument("--adapter", help="step_* folder of a run or PEFT adapter folder; default: the backbone")
     if command in ("eval", "demo", "bench"):
         parser.add_argument("--json", metavar="FILE", help="also write the result here, for machines")
     settings = {f.name: f for f in dataclasses.fields(Config)}
     preset = DEMO if command == "demo" else {}
-    shown = {"train": set(settings), "demo": set(settings) - {"model", "data"}, "bench": BENCH_SETTINGS}.get(
-        command, SOLVER_SETTINGS)
+    shown = {"train": set(settings), "demo": set(settings) - {"model", "data"}, "bench": BENCH_SETTINGS,
+             "export": {"model"}}.get(command, SOLVER_SETTINGS)
     for name, f in settings.items():
         if name in shown:
             within = f.metadata["within"]
@@ -2355,18 +2532,27 @@ def parse_command_line(argv: list[str]) -> tuple[str, Config, argparse.Namespace
     given = {name: value for name, value in vars(args).items() if name in settings}
     if "data" in given:
         given["data"] = ",".join(given["data"])
-    if getattr(args, "json", None) and not Path(args.json).absolute().parent.is_dir():  # known before the work is done
-        raise UserError(f"--json {args.json}: its folder does not exist.")
-    return command, Config(**{**preset, **given}), args
+    for flag in ("json", "predictions"):  # known before the work is done
+        if (file := getattr(args, flag, None)) and not Path(file).absolute().parent.is_dir():
+            raise UserError(f"--{flag} {file}: its folder does not exist.")
+    if getattr(args, "adapter", None):  # it knows its backbone
+        given = {**read_adapter(args.adapter)[1], **given}
+    args.given = {**preset, **given}
+    return command, Config(**args.given), args
 
 
 def write_json(file: str | None, result: dict):
     """Writes a command's result to the file of `--json`, if that is given."""
     if file and rank() == 0:
-        try:
-            Path(file).write_text(json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--json {file}: cannot be written ({error.strerror}).") from error
+        write_text("--json", file, json.dumps(result, indent=2) + "\n")
+
+
+def write_text(flag: str, file: str, text: str):
+    """Writes what the user has asked for with a flag. Raises UserError."""
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{flag} {file}: cannot be written ({error.strerror}).") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2377,16 +2563,28 @@ def main(argv: list[str] | None = None) -> int:
         quiet_libraries()
         if command == "train":
             train(config)
+        elif command == "demo" and (args.presets or args.seeds):
+            presets, seeds = (args.presets or config.preset).split(","), (args.seeds or str(config.seed)).split(",")
+            if not all(seed.isdigit() for seed in seeds):
+                raise UserError(f"--seeds {args.seeds}: must be whole numbers separated by commas.")
+            for preset in presets:
+                Config(preset=preset)  # raises UserError for one that does not exist, before the work begins
+            compare_presets(args.given, args.world, presets, [int(seed) for seed in seeds], args.json)
         elif command == "demo":
-            demo(config, args.json)
+            demo(args.given, args.world, args.json)
         elif command == "ask":
             ask(config, args.image, args.question, args.adapter)
         elif command == "eval":
             rows = load_questions(args.file)
             policy, role = load_solver(config, args.adapter)
-            result = evaluate(policy, role, rows, batch_size=max(1, args.batch_size))
+            predictions = []
+            result = evaluate(policy, role, rows, batch_size=max(1, args.batch_size), predictions=predictions,
+                              tolerance=0.05 if args.relaxed else 0.0)
             print(format_result(args.adapter or config.model, result, config))
             write_json(args.json, result)
+            write_text("--predictions", args.predictions, "".join(json.dumps(row) + "\n" for row in predictions))
+        elif command == "export":
+            print(f"{export(args.adapter, args.to, config.model)} holds {config.model} with {args.adapter} merged in")
         elif command == "bench":
             bench(config, args)
     except (UserError, TrainingStopped) as error:

@@ -1048,7 +1048,7 @@ def test_resume_is_bit_identical(world, straight_run, tmp_path):
 
 
 def test_only_the_newest_checkpoints_are_kept(world, tmp_path):
-    run = ir.train(Config(**train_settings(world, tmp_path, save_every=1, total_steps=4, keep_checkpoints=2)))
+    run = ir.train(Config(**train_settings(world, tmp_path, save_every=1, total_steps=4, keep_checkpoints=2, keep_best="none")))
     assert [p.name for p in ir.list_checkpoints(run)] == ["step_000003", "step_000004"]
 
 
@@ -1076,6 +1076,101 @@ def test_no_model_output_stops_training(world, tmp_path, monkeypatch):
     monkeypatch.setattr(Policy, "sample", odd)
     run = ir.train(Config(**train_settings(world, tmp_path, total_steps=4, show_every=1)))
     assert len(metrics(run)) == 4
+
+
+def sharded_like_the_hub(model, folder):
+    """The checkpoint in several files with an index, as large ones lie on the Hugging Face Hub."""
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, files = sorted(weights), [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for i, file in enumerate(files):
+        save_file({name: weights[name] for name in names[i::2]}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps(
+        {"metadata": {}, "weight_map": {name: files[i % 2] for i, name in enumerate(names)}}))
+    return folder
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])  # bf16: weights are rounded
+def test_export_merges_the_adapter_and_copies_the_rest(world, straight_run, tmp_path, dtype, tolerance):
+    from transformers import AutoModelForImageTextToText
+    base = sharded_like_the_hub(world / "model", tmp_path / "base")
+    if dtype == torch.bfloat16:
+        from safetensors.torch import load_file, save_file
+        for file in base.glob("*.safetensors"):
+            save_file({name: w.to(dtype) for name, w in load_file(file).items()}, file, {"format": "pt"})
+    adapter = straight_run / "step_000006"
+    assert ir.main(["export", str(adapter), str(tmp_path / "merged"), "--model", str(base)]) == 0
+    assert {p.name for p in base.iterdir()} == {p.name for p in (tmp_path / "merged").iterdir()}
+    for file in base.iterdir():
+        same = file.read_bytes() == (tmp_path / "merged" / file.name).read_bytes()
+        assert same == (file.suffix != ".safetensors"), file
+    policy = Policy(Config(model=str(base), dtype=str(dtype).split(".")[1]))
+    policy.load("solver", adapter / "solver")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=dtype).eval()
+    prompt, reply = Prompt(image(1), "Hi."), Completion([9, 8, 7, 6], torch.zeros(0), "", False)
+    ids = torch.tensor([policy.prompt_ids(policy.with_features([prompt])[0]) + reply.token_ids])
+    _, pixels = policy.preprocess(prompt.image)
+    with torch.no_grad():
+        logits = merged(input_ids=ids, mm_token_type_ids=(ids == policy.image_token_id).int(), **pixels).logits[0, -5:-1]
+        wanted, plain = plain_logits(policy, "solver", prompt, reply), plain_logits(policy, None, prompt, reply)
+    assert (logits - wanted).norm() <= tolerance * wanted.norm() < (plain - wanted).norm() * (1 if dtype == torch.float32 else 9)
+
+
+def test_export_loses_nothing_when_it_cannot_work(world, straight_run, tmp_path, capsys):
+    adapter, model = str(straight_run / "step_000006"), ["--model", str(world / "model")]
+    (tmp_path / "taken").mkdir()
+    assert ir.main(["export", adapter, str(tmp_path / "taken"), *model]) == 2
+    assert "exists already" in capsys.readouterr().err and not list((tmp_path / "taken").iterdir())
+    other = shutil.copytree(world / "model", tmp_path / "other")
+    (other / "model.safetensors").unlink()
+    assert ir.main(["export", adapter, str(tmp_path / "new"), "--model", str(other)]) == 2
+    assert "no safetensors weight" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "taken"]
+
+
+def test_adapter_folders_serve_clients_that_load_a_processor_from_them(world, straight_run):
+    from transformers import AutoImageProcessor, AutoTokenizer
+    for role in ir.ROLES:
+        folder = straight_run / "step_000006" / role
+        assert not (folder / "config.json").exists()  # it would make clients look for a whole model there
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
+            assert (folder / name).read_bytes() == (world / "model" / name).read_bytes()
+        assert AutoTokenizer.from_pretrained(folder).chat_template and AutoImageProcessor.from_pretrained(folder, backend="pil")
+        # without this AutoProcessor would silently give a tokenizer, and the client would show the model no image
+        assert json.loads((folder / "preprocessor_config.json").read_text())["processor_class"] == "Qwen2_5_VLProcessor"
+
+
+def test_eval_takes_several_references_and_a_tolerance_and_writes_predictions(world, tmp_path, monkeypatch, capsys):
+    replies = iter(["104"] * 3 + ["7"] * 3 + ["x"] * 3)
+    def sample(self, role, prompts, n, *args, **kw):
+        return [[Completion([1], torch.zeros(1), f"<answer>{next(replies)}</answer>", True) for _ in range(n)] for _ in prompts]
+    monkeypatch.setattr(Policy, "sample", sample)
+    picture = str(world / "holdout" / "0000.png")
+    rows = [{"image": picture, "question": "a", "answer": 100}, {"image": picture, "question": "b", "answer": ["seven", "7"]},
+            {"image": picture, "question": "c", "answer": ["y"]}]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["eval", str(tmp_path / "q.jsonl"), "--model", str(world / "model"), "--num_rollouts", "2", "--batch_size", "1",
+             "--predictions", str(tmp_path / "p.jsonl"), "--json", str(tmp_path / "r.json")]
+    assert ir.main([*flags, "--relaxed"]) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert [result[k] for k in ("n", "mean_at_n", "maj_at_n", "greedy")] == pytest.approx([3, 2 / 3, 2 / 3, 2 / 3])
+    predictions = list(ir.read_jsonl(tmp_path / "p.jsonl"))
+    assert [p["greedy_correct"] for p in predictions] == [True, True, False]
+    assert predictions[1]["sampled"] == ["7", "7"] and predictions[1]["sampled_texts"] == ["<answer>7</answer>"] * 2
+    replies = iter(["104"] * 3 + ["7"] * 3 + ["x"] * 3)
+    assert ir.main(flags) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["greedy"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("answer, reference, right", [
+    ("100", "100", True), ("105", "100", True), ("95", "100", True), ("105.1", "100", False), ("-100", "100", False),
+    ("5%", "0.05", True), ("$5.1", "5", True), ("0", "0", True), ("0.01", "0", False), ("yes", "Yes.", True),
+    ("yes", "no", False), ("3 cats", "3", False), (None, "3", False), ("nan", "3", False), ("inf", "3", False)])
+def test_relaxed_match(answer, reference, right):
+    """ChartQA's rule: numbers within 5 %, everything else exactly."""
+    assert ir.matches(answer, [reference], 0.05) == right
 
 
 # ---- Command line --------------------------------------------------------------------------------------------------------
