@@ -1930,7 +1930,7 @@ def build_backbone(corpus: list[str], phrases: list[str] = (), text: dict = {}, 
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     image_processor = get_image_processor_class_from_name("Qwen2VLImageProcessorPil")(
         size={"shortest_edge": 28 * 28, "longest_edge": 1280 * 28 * 28})
-    image_processor._set_processor_class("Qwen2_5_VLProcessor")  # an adapter folder has no config.json that says so
+    image_processor.processor_class = "Qwen2_5_VLProcessor"  # an adapter folder has no config.json that says so
     return model, QwenProcessor(tokenizer, image_processor)
 
 

@@ -1551,7 +1551,7 @@ def cases(world, straight_run, tmp_path_factory):
         "missing key": (["eval", folder / "keys.jsonl", "--model", world / "model"], ["line 2", "answer"]),
         "no json": (["eval", folder / "no.jsonl", "--model", world / "model"], ["line 1"]),
         "missing file": (["eval", folder / "nowhere.jsonl", "--model", world / "model"], ["nowhere.jsonl"]),
-        "bad adapter": (["eval", world / "holdout.jsonl", "--model", world / "model", "--adapter", folder / "empty"], ["--adapter"]),
+        "bad adapter": (["eval", world / "holdout.jsonl", "--model", world / "model", "--adapter", folder / "empty"], ["empty", "no PEFT adapter"]),
         "bad eval image": (["eval", folder / "image.jsonl", "--model", world / "model"], ["a.png", "image"]),
         "bad image": (["ask", folder / "corrupt" / "a.png", "?", "--model", world / "model"], ["a.png", "image"]),
         "missing argument": (["ask", "a.png"], ["question"]),
