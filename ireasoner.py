@@ -24,12 +24,15 @@ Axes in shape comments: B prompts (one image each), N rollouts a prompt, P promp
 V vocabulary, d model width, J steps of a trace.
 """
 import argparse
+import base64
 import contextlib
 import dataclasses
 import difflib
 import functools
 import hashlib
+import html
 import inspect
+import io
 import itertools
 import json
 import math
@@ -43,7 +46,7 @@ import sys
 import threading
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -145,6 +148,9 @@ class Config:
                              "minus: less is better [ours]", ("none", "r_sol", "r_ans", "r_step", "majority_share",
                                                               "-entropy", "-kl_solver", "-invalid_share"), True)
     show_every: int = setting(25, "steps between printed rollout groups, 0 for none [ours]", "[0, inf)", True)
+    watch_every: int = setting(25, "steps between looks for collapse, which ask each question about another image too; "
+                                   "0 for none [ours]", "[0, inf)", True)
+    wandb: str = setting("", "log to this Weights & Biases project; empty: do not [ours]", "", True)
 
     def __init__(self, **given):
         settings = {f.name: f for f in dataclasses.fields(self)}
@@ -275,6 +281,13 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]])\s+|(?<=[。！？]
 _ABBREVIATION = re.compile(r"(?:^|[\s(])(?:e\.g|i\.e|etc|vs|fig|eq|no|approx|dr|mr|mrs|ms|st)\.$", re.I)
 
 
+def step_marker(think: str) -> re.Pattern | None:
+    """What numbers the steps of a trace: tags, "Step 1:" or "1." at the start of lines; None if nothing does."""
+    if _STEP_TAG.search(think):
+        return _STEP_TAG
+    return next((m for m in (_STEP_WORD, _NUMBERED) if any(map(m.match, think.split("\n")))), None)
+
+
 def split_steps(think: str, max_steps: int = 8) -> list[str]:
     """The numbered claims of a trace, in order, at most `max_steps` (section 3.2: s_i1 ... s_iJ).
 
@@ -285,14 +298,14 @@ def split_steps(think: str, max_steps: int = 8) -> list[str]:
     >>> split_steps("I look first.\\n**Step 1:** 3.5 is\\n  the height\\n2) so\\nstep 2 - it fits")
     ['3.5 is the height 2) so', 'it fits']
     """
-    if _STEP_TAG.search(think):
+    marker = step_marker(think)
+    if marker is _STEP_TAG:
         steps = [_STEP_WORD.sub("", body.strip(), count=1) for body in _STEP_TAG.findall(think)]
     else:
         for k in range(2, max_steps + 2):  # a trace in one line; later mentions of step k stay where they are
             think = re.sub(rf"(?<=[^\s#>*_+•-])\s+(?=(?:\*\*|__)?step\s+{k}\s*(?:\*\*|__)?\s*:)", "\n", think, 1, re.I)
-        steps, lines = [], think.split("\n")
-        marker = next((m for m in (_STEP_WORD, _NUMBERED) if any(map(m.match, lines))), None)
-        for line in lines if marker else []:
+        steps = []
+        for line in think.split("\n") if marker else []:
             if mark := marker.match(line):
                 body = line[mark.end():]  # without the second half of a bold that began in the marker
                 steps.append(body.replace("**", "", 1) if mark[0].count("**") % 2 else body)
@@ -1634,6 +1647,7 @@ class Episode:
     completions: list[Completion] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
     rewards: GroupRewards | None = None
+    swapped_agreement: float | None = None      # share of the majority answer when asked about another image
 
     @property
     def r_prop(self) -> float:
@@ -1647,6 +1661,8 @@ def train(config: Config) -> Path:
     stream = ImageStream(list_images(config.data), config.seed)
     stream[0]  # at least one image must be readable, known before the model loads
     check_model(config)
+    if config.wandb:
+        require_wandb()
     join_ranks(device)
     run, unsaved = run_folder(config), None
     with only_run_in(run), rank_failures():
@@ -1655,7 +1671,7 @@ def train(config: Config) -> Path:
         learners = {role: Learner(policy, role) for role in ROLES}
         step, images = load_checkpoint(checkpoint_folder, policy, learners) if checkpoint_folder else (0, 0)
         log = Log(run, config, policy.clock, step, len(stream.paths))
-        with stop_signals() as signals:
+        with stop_signals() as signals, contextlib.closing(log):
             while step < config.total_steps:
                 step += 1
                 lam = config.lambda_max if config.lambda_schedule == "constant" else step_reward_weight(
@@ -1690,6 +1706,8 @@ def train_step(policy: Policy, learners: dict[str, Learner], stream: ImageStream
     with clock.phase("reward"):
         for e in asked:
             e.rewards = group_rewards(e.rollouts, [policy.embed_steps(r.steps) for r in e.rollouts], lam, config)
+    if config.watch_every and step % config.watch_every == 0:
+        swap_images(policy, asked, stream, step, first_image)
     stats = {"solver": learners["solver"].update(
         [Prompt(e.image, solver_prompt(e.question)) for e in asked], [e.completions for e in asked],
         [e.rewards.r_sol for e in asked])}
@@ -1726,6 +1744,20 @@ def solve(policy: Policy, episodes: list[Episode], step: int) -> list[Episode]:
     return asked
 
 
+def swap_images(policy: Policy, asked: list[Episode], stream: ImageStream, step: int, first_image: int):
+    """Asks each question about the stream's next image as well. If its majority answer is as frequent there, the
+    answers do not come from the picture."""
+    config = policy.config
+    others = policy.encode_images([stream[first_image + e.slot + 1][1] for e in asked])
+    samples = policy.sample("solver", [Prompt(image, solver_prompt(e.question)) for e, image in zip(asked, others)],
+                            config.num_rollouts, config.max_new_tokens_solver, config.temperature,
+                            [derive_seed(config.seed, step, e.slot, "swapped") for e in asked])
+    for episode, completions in zip(asked, samples):
+        answers = [normalize_answer(parse_rollout(c.text).answer or "") or None for c in completions]
+        majority, _ = dominant_group(episode.rewards.answers)
+        episode.swapped_agreement = answers.count(majority) / len(answers) if majority is not None else None
+
+
 class Log:
     """Prints one line a step and writes metrics.jsonl and rollouts.jsonl (rank 0)."""
 
@@ -1737,8 +1769,11 @@ class Log:
     def __init__(self, run: Path, config: Config, clock: Clock, last_step: int, num_images: int):
         self.run, self.config, self.clock, self.elapsed = run, config, clock, []
         clock.lap()
+        self.wandb, self.recent = None, []
         if rank() == 0:
             start_run(run, config, last_step)
+            self.recent = deque(read_jsonl(run / "rollouts.jsonl"), maxlen=256)
+            self.wandb = start_wandb(run, config)
         say(f"{num_images} images, {config.images_per_rank * world_size()} a step on {world_size()} rank(s); "
             f"preset {config.preset}; model {config.model}; run folder {run}"
             + f"; resumed after step {last_step}" * bool(last_step))
@@ -1761,7 +1796,11 @@ class Log:
             "r_prop": [e.r_prop for e in episodes],
             "invalid_share": [float(a is None) for g in groups for a in g.answers],
             "unfinished_share": [float(not c.finished) for e in asked for c in e.completions],
-            "no_question_share": [float(e.question is None) for e in episodes]}), "lambda": lam}
+            "no_question_share": [float(e.question is None) for e in episodes],
+            "unnumbered_share": [float(step_marker(r.think) is None) for e in asked for r in e.rollouts],
+            "answer_chars": [len(a) for g in groups for a in g.answers if a is not None],
+            "swapped_agreement": [e.swapped_agreement for e in asked if e.swapped_agreement is not None]})}
+        row["lambda"] = lam
         for role in ROLES:
             for name in ("kl", "beta", "baseline", "grad_norm", "skipped"):
                 value = stats.get(role, {}).get(name)
@@ -1772,9 +1811,17 @@ class Log:
         row["seconds"] = {name: round(s, 4) for name, s in self.clock.lap().items()}
         self.elapsed = [*self.elapsed[-19:], sum(row["seconds"].values())]
         if rank() == 0:
+            self.recent.extend(episode_rows)
+            first_steps = [row["rollouts"][0]["steps"][:1] for row in self.recent if row["rollouts"]]
+            row["distinct_questions"] = distinct_share(row["question"] for row in self.recent if row["question"])
+            row["distinct_first_steps"] = distinct_share(step for steps in first_steps for step in steps)
             append_jsonl(self.run / "metrics.jsonl", [row])
             append_jsonl(self.run / "rollouts.jsonl", episode_rows)
             self.print_row(row)
+            if self.config.watch_every and step % self.config.watch_every == 0:
+                self.print_watch(row)
+            if self.wandb:
+                self.wandb.log({k: v for k, v in row.items() if v is not None}, step=step)
             if asked and self.config.show_every and step % self.config.show_every == 0:
                 print(format_episode(asked[0]), flush=True)
 
@@ -1790,6 +1837,48 @@ class Log:
         print(f"{row['step']:5d}/{self.config.total_steps:<5d}", *cells, f"{self.elapsed[-1]:7.2f}",
               f"{row['tokens'] / self.elapsed[-1]:6.0f}", f"{minutes // 60:3d}h{minutes % 60:02d}m{seconds:02d}s",
               flush=True)
+
+
+    def close(self):
+        if self.wandb:
+            self.wandb.finish()  # here, since torchrun's ranks end without the exit handlers that would do it
+
+    def print_watch(self, row: dict):
+        cells = [f"{name} {'-' if row[key] is None else format(row[key], spec)}" for name, key, spec in (
+            ("distinct questions", "distinct_questions", ".0%"),
+            ("distinct first steps", "distinct_first_steps", ".0%"), ("unnumbered", "unnumbered_share", ".0%"),
+            ("characters an answer", "answer_chars", ".1f"), ("majority answer", "majority_share", ".0%"),
+            ("on another image", "swapped_agreement", ".0%"))]
+        print(f"    watch: {', '.join(cells)}", flush=True)
+
+
+def distinct_share(texts: Iterable[str]) -> float | None:
+    """How many of the texts are different, as a share; None without any."""
+    folded = [" ".join(text.casefold().split()) for text in texts]
+    return len(set(folded)) / len(folded) if folded else None
+
+
+def require_wandb():
+    """The package wandb. Raises UserError if it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("--wandb: the package is missing. Run pip install wandb, or leave the flag out.") from error
+    return wandb
+
+
+def start_wandb(run: Path, config: Config):
+    """The run at Weights & Biases, or None if it is not asked for; a resumed run goes on there as well."""
+    if not config.wandb:
+        return None
+    wandb, note = require_wandb(), run / "wandb_id.txt"
+    try:
+        remote = wandb.init(project=config.wandb, name=run.name, dir=str(run), config=dataclasses.asdict(config),
+                            id=note.read_text() if note.exists() else None, resume="allow")
+    except wandb.Error as error:
+        raise UserError(f"--wandb {config.wandb}: {str(error).splitlines()[0]}") from error
+    note.write_text(remote.id)
+    return remote
 
 
 def episode_row(step: int, episode: Episode) -> dict:
@@ -2299,6 +2388,139 @@ def export(adapter: str, to: str, model: str) -> Path:
     return target
 
 
+# ---- Report: a run to look at, in one HTML file ----------------------------------------------------------------------
+
+CURVES = {  # key of metrics.jsonl: title
+    "r_prop": "Figure 3: Proposer reward", "entropy": "Figure 3: answer entropy, nats",
+    "density": "Figure 3: density rho", "step_cosine": "Figure 3: step similarity r_ij",
+    "r_sol": "Figure 5: mixed reward r_sol", "r_ans": "Figure 5: r_ans", "r_step": "Figure 5: r_step",
+    "group_size": "Figure 5: rollouts with the majority answer", "comparable_steps": "Figure 5: comparable positions",
+    "mean_steps": "Figure 6: steps a solution", "kl_solver": "KL to the reference, nats per token",
+    "beta_solver": "beta", "invalid_share": "Watch: invalid rollouts", "unnumbered_share": "Watch: unnumbered traces",
+    "distinct_questions": "Watch: distinct questions", "distinct_first_steps": "Watch: distinct first steps",
+    "answer_chars": "Watch: characters an answer", "majority_share": "Watch: share of the majority answer",
+    "swapped_agreement": "Watch: its share on another image"}
+PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>iReasoner report</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; margin: .5em 0 } td, th { padding: .2em .6em; text-align: left; vertical-align: top;
+border-bottom: 1px solid #ddd; overflow-wrap: anywhere } td.n { text-align: right }
+th, td.n { white-space: nowrap }
+section { display: flex; gap: 1.2em; border-top: 2px solid #888; padding: 1em 0 } section > div { flex: 1 }
+section > .thumb { flex: none; width: 224px } .major { background: #eef6ee } img { max-width: 100% }
+.common { color: #a60; font-style: italic }
+</style><h1>iReasoner report</h1>
+"""
+
+
+def report(runs: list[str], out: str, groups: int = 12) -> Path:
+    """Writes one self-contained HTML file: the curves of Figures 3, 5 and 6 and of the collapse watch, the runs laid
+    over one another, and for each run `groups` rollout groups with the similarities of Figure 7. Raises UserError."""
+    escape = lambda value: html.escape(str(value))
+    metrics = {}
+    for run in map(Path, runs):
+        metrics[run] = [row for row in read_jsonl(run / "metrics.jsonl") if isinstance(row, dict) and "step" in row]
+        if not metrics[run]:
+            raise UserError(f"{run}: no run folder with finished steps. Name a folder with a metrics.jsonl in it.")
+    parts = [PAGE, "<table><tr><th>run</th><th>steps</th><th>settings that differ from the defaults</th></tr>"]
+    for run, rows in metrics.items():
+        with contextlib.suppress(OSError, ValueError):
+            saved = json.loads((run / "config.json").read_text())
+            changed = ", ".join(f"{f.name} {saved[f.name]}" for f in dataclasses.fields(Config)
+                                if f.name in saved and saved[f.name] != f.default)
+            parts.append(f"<tr><td>{escape(run)}</td><td class=n>{escape(rows[-1]['step'])}</td>"
+                         f"<td>{escape(changed)}</td></tr>")
+    parts += ["</table><h2>Curves</h2>", draw_curves(metrics), "<h2>Rollout groups</h2><p>Green: the majority. "
+              "Bold: S_ij of Figure 7, a step's cosine with the mean of the others' steps at that place; D_j is one "
+              "less their mean. <span class=common>Steps like this</span> stand word for word in the solutions of more "
+              "than a fifth of the last 500 images: agreement on them says little.</p>"]
+    for run, rows in metrics.items():
+        parts += [f"<h3>{escape(run)}</h3>", *gallery(run, rows, groups)]
+    write_text("--out", out, "\n".join(parts))
+    return Path(out)
+
+
+def draw_curves(metrics: dict[Path, list[dict]]) -> str:
+    """All curves as one picture, each run a colour: thin what was measured, thick its exponential mean."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "<p>For the curves: pip install matplotlib, and make this report again.</p>"
+    curves = {key: title for key, title in CURVES.items()
+              if any(isinstance(row.get(key), (int, float)) for rows in metrics.values() for row in rows)}
+    figure = Figure(figsize=(12, 1 + 0.8 * len(curves)), layout="constrained")
+    axes = figure.subplots(-(-len(curves) // 3), 3).flatten()
+    for ax, (key, title) in zip(axes, curves.items()):
+        ax.set_title(title, fontsize=9)
+        ax.tick_params(labelsize=7)
+        for color, (run, rows) in enumerate(metrics.items()):
+            points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
+            smooth = list(itertools.accumulate((y for _, y in points), lambda mean, y: 0.9 * mean + 0.1 * y))
+            ax.plot(*zip(*points) if points else ((), ()), color=f"C{color}", alpha=0.3, linewidth=0.7)
+            ax.plot([x for x, _ in points], smooth, color=f"C{color}", label=str(run).replace("$", r"\$"))
+    for ax in axes[len(curves):]:
+        ax.axis("off")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="svg")
+    return data_image("svg+xml", picture.getvalue())
+
+
+def data_image(kind: str, data: bytes) -> str:
+    """An image tag that carries its image."""
+    return f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+
+
+def gallery(run: Path, metrics: list[dict], groups: int) -> Iterator[str]:
+    """Sections of HTML, one for each of some rollout groups, evenly spread over the run. All text is escaped."""
+    escape = lambda value: html.escape(str(value))
+    steps = [row["step"] for row in metrics]
+    chosen = {steps[round(i * (len(steps) - 1) / max(groups - 1, 1))] for i in range(groups)}
+    shown, recent = {}, deque(maxlen=500)
+    for row in read_jsonl(run / "rollouts.jsonl"):
+        if row.get("rollouts"):
+            recent.append({step for rollout in row["rollouts"] for step in rollout["steps"]})
+            if row["step"] in chosen:
+                shown.setdefault(row["step"], row)
+    images = Counter(itertools.chain.from_iterable(recent))  # step: in how many of the last images it stands
+    for step, row in shown.items():
+        lines = []
+        for r in row["rollouts"]:
+            cells = [f"<td>{escape(r['answer'] or '(invalid)')}</td>",
+                     *(f"<td class=n>{r[key]:.2f}</td>" for key in ("r_ans", "r_step", "r_sol"))]
+            for text, s in itertools.zip_longest(r["steps"], r.get("leave_one_out_similarity") or []):
+                shade = "" if s is None else f' style="background: rgba(31, 119, 180, {max(s, 0.0) / 2:.2f})"'
+                mark = " class=common" if len(recent) > 9 and images[text] > len(recent) / 5 else ""
+                number = "" if s is None else f" <b>{s:.2f}</b>"
+                cells.append(f"<td{shade}><span{mark}>{escape(text or '')}</span>{number}</td>")
+            if not r["steps"]:
+                cells.append(f"<td>{escape(r['text'][:500])}</td>")
+            lines.append(f"<tr{' class=major' * r['majority']}>{''.join(cells)}</tr>")
+        similarity = [[math.nan if s is None else s for s in r["leave_one_out_similarity"]] for r in row["rollouts"]
+                      if r.get("leave_one_out_similarity")]
+        if similarity:
+            disagreement = depth_disagreement(torch.tensor(similarity)).tolist()
+            lines.append(f"<tr><td colspan=4>D_j</td>{''.join(f'<td>{d:.2f}</td>' for d in disagreement)}</tr>")
+        heads = "".join(f"<th>step {j}</th>" for j in range(1, max(len(r["steps"]) for r in row["rollouts"]) + 1))
+        yield (f"<section><div class=thumb>{thumbnail(run, row['image'])}</div><div>Step {step}, {escape(row['image'])}<br>"
+               f"<b>{escape(row['question'])}</b><br>entropy {row['entropy']:.2f} nats, Proposer's reward "
+               f"{row['r_prop']:.2f}<table><tr><th>answer</th><th>r_ans</th><th>r_step</th><th>r_sol</th>{heads}</tr>"
+               f"{''.join(lines)}</table></div></section>")
+
+
+def thumbnail(run: Path, path: str) -> str:
+    """The image, small, as HTML, or a word if its file is no longer there. A relative path is looked for here, and then
+    in the folders above the run, since it counts from where the training was started."""
+    try:
+        places = [base / path for base in (Path(), *run.resolve().parents) if (base / path).is_file()]
+        picture, small = load_image(places[0]), io.BytesIO()
+        picture.thumbnail((224, 224))
+        picture.save(small, format="JPEG")
+        return data_image("jpeg", small.getvalue())
+    except Exception:  # decoders raise anything on damaged files
+        return "(image not found)"
+
+
 # ---- bench: where the time of a step goes, on random weights of the true shapes --------------------------------------
 
 QWEN_TEXT = {"max_position_embeddings": 32768, "initializer_range": 0.02}
@@ -2460,6 +2682,7 @@ COMMANDS = {
     "demo": "the dice world: build, mistrain and improve a tiny Qwen2.5-VL on a laptop, in minutes; --presets compares",
     "ask": "one image, one question: reasoning and answer",
     "eval": "accuracy on a JSONL file of image, question, answer",
+    "report": "one HTML file with the curves and rollout groups of runs",
     "export": "merges an adapter into its backbone: a checkpoint folder for transformers, lmms-eval, vLLM",
     "bench": "times a training step on random weights of Qwen2.5-VL's shapes, without a download",
 }
@@ -2493,6 +2716,10 @@ def parse_command_line(argv: list[str]) -> tuple[str, Config, argparse.Namespace
         parser.add_argument("--relaxed", action="store_true", help="numbers may be 5 %% off, as in ChartQA")
         parser.add_argument("--predictions", metavar="FILE", default="predictions.jsonl",
                             help="every answer and text, a line a question; default predictions.jsonl")
+    if command == "report":
+        parser.add_argument("runs", nargs="+", help="run folders, also of runs that are still going")
+        parser.add_argument("--out", metavar="FILE", default="report.html", help="default report.html")
+        parser.add_argument("--groups", type=int, default=12, help="rollout groups shown of each run; default 12")
     if command == "export":
         parser.add_argument("adapter", help="step_* folder of a run or PEFT adapter folder")
         parser.add_argument("to", help="folder to write, which must not exist")
@@ -2515,7 +2742,7 @@ def parse_command_line(argv: list[str]) -> tuple[str, Config, argparse.Namespace
     settings = {f.name: f for f in dataclasses.fields(Config)}
     preset = DEMO if command == "demo" else {}
     shown = {"train": set(settings), "demo": set(settings) - {"model", "data"}, "bench": BENCH_SETTINGS,
-             "export": {"model"}}.get(command, SOLVER_SETTINGS)
+             "export": {"model"}, "report": set()}.get(command, SOLVER_SETTINGS)
     for name, f in settings.items():
         if name in shown:
             within = f.metadata["within"]
@@ -2532,7 +2759,7 @@ def parse_command_line(argv: list[str]) -> tuple[str, Config, argparse.Namespace
     given = {name: value for name, value in vars(args).items() if name in settings}
     if "data" in given:
         given["data"] = ",".join(given["data"])
-    for flag in ("json", "predictions"):  # known before the work is done
+    for flag in ("json", "predictions", "out"):  # known before the work is done
         if (file := getattr(args, flag, None)) and not Path(file).absolute().parent.is_dir():
             raise UserError(f"--{flag} {file}: its folder does not exist.")
     if getattr(args, "adapter", None):  # it knows its backbone
@@ -2583,6 +2810,8 @@ def main(argv: list[str] | None = None) -> int:
             print(format_result(args.adapter or config.model, result, config))
             write_json(args.json, result)
             write_text("--predictions", args.predictions, "".join(json.dumps(row) + "\n" for row in predictions))
+        elif command == "report":
+            print(f"written: {report(args.runs, args.out, args.groups)}")
         elif command == "export":
             print(f"{export(args.adapter, args.to, config.model)} holds {config.model} with {args.adapter} merged in")
         elif command == "bench":

@@ -1173,6 +1173,98 @@ def test_relaxed_match(answer, reference, right):
     assert ir.matches(answer, [reference], 0.05) == right
 
 
+# ---- Report, collapse watch, logging -------------------------------------------------------------------------------------
+
+def test_report_is_one_safe_file_even_of_a_run_that_is_still_going(straight_run, tmp_path, monkeypatch, capsys):
+    """Models write what they like: here, markup in every text; and the last lines are torn, as a running or killed run
+    leaves them."""
+    from html.parser import HTMLParser
+    run = tmp_path / "a$_<b>run"
+    shutil.copytree(straight_run, run)
+    rows = list(ir.read_jsonl(run / "rollouts.jsonl"))
+    evil = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+    for row in rows:
+        row.update(image=evil, question=evil)
+        for rollout in row["rollouts"]:
+            rollout.update(text=evil, answer=evil, steps=[evil for _ in rollout["steps"]])
+    (run / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 7, "ima')
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "entr')
+    assert ir.main(["report", str(run), str(straight_run), "--out", str(tmp_path / "r.html"), "--groups", "3"]) == 0
+    page = (tmp_path / "r.html").read_text()
+    tags = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            tags.append(tag)
+            for name, value in attributes:
+                assert not name.startswith("on") and (name != "src" or value.startswith("data:image/")), (tag, name, value)
+
+    Reader().feed(page)
+    assert "script" not in tags and "link" not in tags and page.count("&lt;script&gt;") > 10
+    assert "img" in tags and "(image not found)" in page and tags.count("section") == 6 and "D_j" in page
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    ir.report([str(straight_run)], str(tmp_path / "r.html"))
+    assert "pip install matplotlib" in (tmp_path / "r.html").read_text()
+    assert ir.main(["report", str(tmp_path)]) == 2 and "no run folder" in capsys.readouterr().err
+
+
+def test_report_draws_the_curves(straight_run, tmp_path):
+    pytest.importorskip("matplotlib")
+    page = ir.report([str(straight_run)], str(tmp_path / "r.html")).read_text()
+    assert "data:image/svg+xml;base64," in page
+
+
+def test_collapse_watch_tells_boilerplate_from_reasoning(world, tmp_path, monkeypatch):
+    """A Solver that says the same of every picture, against one that names what it sees."""
+    def run(name, reply):
+        def solve(policy, prompts, n, *args):
+            return [[Completion([1], torch.zeros(1), reply(p.image), True) for _ in range(n)] for p in prompts]
+        sample = Policy.sample
+        monkeypatch.setattr(Policy, "sample", lambda self, role, prompts, n, *args: (
+            solve(self, prompts, n, *args) if role == "solver" else sample(self, role, prompts, n, *args)))
+        run = ir.train(Config(**train_settings(world, tmp_path, run_name=name, watch_every=2, total_steps=3)))
+        monkeypatch.setattr(Policy, "sample", sample)
+        return metrics(run)
+    name_of = lambda image: f"{image.features['pooler_output'][0].sum():.4f}"
+    same = run("same", lambda image: "I look at it. It is so.<answer>7</answer>")
+    own = run("own", lambda image: f"<think>Step 1: {name_of(image)}\nStep 2: b</think><answer>{name_of(image)}</answer>")
+    assert all(row["swapped_agreement"] is None for row in (*same[::2], *own[::2]))
+    assert same[1]["swapped_agreement"] == 1.0 == same[1]["majority_share"] and own[1]["swapped_agreement"] == 0.0
+    assert same[-1]["distinct_first_steps"] < 0.2 and own[-1]["distinct_first_steps"] == 1.0
+    assert same[-1]["unnumbered_share"] == 1.0 and own[-1]["unnumbered_share"] == 0.0
+    assert same[-1]["answer_chars"] == 1.0 and 0 < same[-1]["distinct_questions"] <= 1
+
+
+def test_wandb_resumes_the_same_run_and_only_rank_0_writes(world, tmp_path, monkeypatch):
+    """A stand-in with wandb's interface, since the package is optional."""
+    import types
+    started, logged = [], []
+
+    class Remote:
+        id = "abc123"
+        def log(self, row, step):
+            logged.append(step)
+        def finish(self):
+            logged.append("end")
+
+    def init(**settings):
+        started.append(settings)
+        return Remote()
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=RuntimeError))
+    settings = train_settings(world, tmp_path, wandb="project")
+    ir.train(Config(**{**settings, "total_steps": 2}))
+    monkeypatch.setattr(ir, "rank", lambda: 1)
+    assert ir.Log(tmp_path / "nowhere", Config(**settings), ir.Clock(), 0, 1).wandb is None
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=RuntimeError))
+    ir.train(Config(**{**settings, "total_steps": 3, "resume": "auto"}))
+    assert [s["id"] for s in started] == [None, "abc123"] and started[0]["project"] == "project" and logged == [1, 2, "end", 3, "end"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        ir.train(Config(**{**settings, "run_name": "other"}))
+
+
 # ---- Command line --------------------------------------------------------------------------------------------------------
 
 
