@@ -1265,6 +1265,72 @@ def test_wandb_resumes_the_same_run_and_only_rank_0_writes(world, tmp_path, monk
         ir.train(Config(**{**settings, "run_name": "other"}))
 
 
+# ---- README ------------------------------------------------------------------------------------------------------------------
+
+def readme_examples():
+    text = (Path(ir.__file__).parent / "README.md").read_text()
+    section = text[text.index("## Copy a function"):text.index("## Change something")]
+    return [block.split("```")[0] for block in section.split("```python\n")[1:]]
+
+
+def run_in(folder, code, *flags):
+    """A pasted example, in a folder that holds nothing else but ireasoner.py."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(ir.__file__, folder)
+    (folder / "example.py").write_text(code)
+    return subprocess.run([sys.executable, "example.py", *map(str, flags)], cwd=folder, capture_output=True, text=True)
+
+
+def test_readme_example_of_step_agreement(tmp_path):
+    done = run_in(tmp_path / "a", readme_examples()[0])
+    assert done.stdout.strip() == "tensor([0.7890, 0.7890, 0.0000, 0.6085])", done.stderr
+
+
+def tiny_language_model():
+    torch.manual_seed(0)
+    tokenizer = ir.build_backbone([])[1].tokenizer
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2)), tokenizer
+
+
+def test_readme_example_of_a_reward_for_trl(tmp_path):
+    names = {}
+    exec(readme_examples()[1], names)
+    reward = names["make_agreement_reward"](*tiny_language_model(), num_generations=3)
+    same, other = "<think>Step 1: two and two\nStep 2: 2 + 2 = 4</think><answer>4</answer>", "<answer>5</answer>"
+    group = [same, same, other, "no answer", [{"role": "assistant", "content": same}], same]
+    rewards = reward(prompts=["a"] * 3 + ["b"] * 3, completions=group, completion_ids=[[]] * 6, column=[1] * 6)
+    agreed = 0.3 * (2 / 3) ** 0.7 + 0.7 * (2 / 3) ** 0.7  # r_ans and r_step: both steps have cosine 1
+    assert rewards == pytest.approx([agreed, agreed, 0.3 * (1 / 3) ** 0.7, 0.0, agreed, agreed], abs=1e-5)
+
+
+def test_trl_trains_with_the_example(tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    names = {}
+    exec(readme_examples()[1], names)
+    model, tokenizer = tiny_language_model()
+    trainer = trl.GRPOTrainer(
+        model, reward_funcs=names["make_agreement_reward"](model, tokenizer, num_generations=3), processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"prompt": ["2 + 2?", "3 + 3?"] * 3}), args=trl.GRPOConfig(
+            str(tmp_path), num_generations=3, per_device_train_batch_size=3, max_steps=1, max_completion_length=8,
+            report_to="none", use_cpu=True, bf16=False))
+    trainer.train()
+    assert any("rewards/agreement_reward/mean" in row for row in trainer.state.log_history)
+
+
+def test_readme_example_of_another_reward(world, tmp_path):
+    code = readme_examples()[2]
+    long_answers = code.replace("<= 3", "<= 0")  # then every answer is too long
+    settings = [part for name, value in train_settings(world, tmp_path / "runs", total_steps=1).items() for part in (f"--{name}", value)]
+    for name, example in (("paper", "import sys, ireasoner\nsys.exit(ireasoner.main())"), ("short", code), ("long", long_answers)):
+        done = run_in(tmp_path / name, example, *settings, "--run_name", name)
+        assert done.returncode == 0, done.stderr
+    r_sol = {name: metrics(tmp_path / "runs" / name)[0]["r_sol"] for name in ("paper", "short", "long")}
+    assert r_sol["paper"] == r_sol["short"] > r_sol["long"] == 0
+
+
 # ---- Command line --------------------------------------------------------------------------------------------------------
 
 
