@@ -778,6 +778,9 @@ def test_other_families_sample_score_and_train(families, world, tmp_path, family
     other = policy.score("solver", Prompt(prompts[1].image, prompts[0].text), sampled[0])
     here = policy.score("solver", prompts[0], sampled[0])
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(other.logprobs, here.logprobs))
+    with policy.adapter("solver"):
+        sum(logp.mean() for logp in policy.score("solver", prompts[0], sampled[0]).logprobs).backward()
+    assert all(p.grad is not None and p.grad.any() for p in policy.parameters("solver"))
 
     run = ir.train(Config(**settings, data=str(world / "images"), output_dir=str(tmp_path), total_steps=1, proposer_every=1,
                           images_per_rank=2, num_rollouts=2, max_new_tokens_proposer=8, max_new_tokens_solver=8))
