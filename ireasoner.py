@@ -681,7 +681,7 @@ class Policy:
         self.peft = get_peft_model(hf, lora, adapter_name="solver").eval()  # LoRA weights are fp32, also over bf16
         self.peft.add_adapter("proposer", dataclasses.replace(lora))
         for peft_config in self.peft.peft_config.values():  # a folder must be found from anywhere
-            peft_config.base_model_name_or_path = str(Path(config.model).resolve()) if Path(
+            peft_config.base_model_name_or_path = str(Path(config.model).absolute()) if Path(
                 config.model).is_dir() else config.model
         self.hf, self.clock, self.static_caches = hf, Clock(), {}
         arguments = inspect.signature(hf.model.forward).parameters
@@ -702,7 +702,15 @@ class Policy:
         self.stop_ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         self.dropouts = [m for name, m in hf.named_modules() if "lora_dropout" in name]
         if backbone is None:
-            self.check_family()
+            try:
+                self.check_family()
+            except (UserError, torch.OutOfMemoryError):
+                raise
+            except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+                if hf.config.model_type.startswith("qwen"):  # a bug of ours
+                    raise
+                raise UserError(f"--model {config.model}: {hf.config.model_type} does not work here ({error!r}). Use "
+                                "another, such as Qwen2.5-VL.") from error
 
     @torch.no_grad()
     def check_family(self):
@@ -1127,7 +1135,8 @@ def load_backbone(config: Config, device: torch.device) -> tuple:
                         "Check that the checkpoint is complete.") from error
     layers = getattr(hf.get_decoder(), "layers", [None])
     for works, lack in (
-            (processor.chat_template, "a chat template"),
+            (hasattr(processor, "image_processor"), "an image processor"),
+            (getattr(processor, "chat_template", None), "a chat template"),
             (getattr(hf.config, "image_token_id", None) is not None, "an image token"),
             (hasattr(getattr(hf, "model", None), "get_image_features")
              and "mm_encoder_outputs" in inspect.signature(hf.model.forward).parameters,
@@ -2218,11 +2227,14 @@ def read_adapter(adapter: str) -> tuple[Path, dict]:
     folder = folder / "solver" if (folder / "solver").is_dir() else folder
     try:
         saved = json.loads((folder / "adapter_config.json").read_text())
-        return folder, {"lora_r": saved["r"], "lora_alpha": saved["lora_alpha"],
-                        "model": saved["base_model_name_or_path"]}
+        settings = {"lora_r": saved["r"], "lora_alpha": saved["lora_alpha"], "model": saved["base_model_name_or_path"]}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{adapter}: no PEFT adapter there ({type(error).__name__}). Name a step_* folder of a run, or "
                         "its solver/ folder.") from error
+    for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        if saved.get(option):
+            raise UserError(f"{adapter}: its {option} is more than this file can do. Use PEFT itself.")
+    return folder, settings
 
 
 def load_solver(config: Config, adapter: str | None) -> tuple[Policy, str | None]:
