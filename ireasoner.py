@@ -15,7 +15,8 @@ Multimodal Models", in one file, in the order of the paper. One training step:
     python ireasoner.py ask IMAGE QUESTION | eval FILE.jsonl | export ADAPTER FOLDER | report RUN | bench | --help
 
 Sections: Config | 3.1 Prompts and parsing | 3.1 Answers: Eq 1 | 3.2 Steps: Eq 2-4, Figure 7 | 3.3 Rewards: Eq 5, 6
-          Policy: one backbone, two adapters | 3.3 Update: Eq 7, 8 | Ranks | Images | Run folder | Training loop
+          Policy: one backbone, two adapters | Backbones | 3.3 Update: Eq 7, 8 | Ranks | Images | Run folder
+          Training loop: `train`, and `train_step`, the paper's loop on one screen
           The dice world (demo) | ask, eval, export | Report | bench | Command line
 
 Where the released code of the authors differs from the paper, this file follows the paper; README.md lists each place.
@@ -1077,6 +1078,8 @@ def token_statistics(hidden: torch.Tensor, ref_hidden: torch.Tensor, token_ids: 
     return logp.gather(-1, token_ids[:, None])[:, 0], (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
+# ---- Backbones: what --model may name, and where it runs -------------------------------------------------------------
+
 def resolve_device(name: str) -> torch.device:
     """The torch device of a --device setting; under torchrun each rank takes the GPU of its LOCAL_RANK."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
@@ -2104,24 +2107,24 @@ def teach(policy: Policy, steps: int, seed: int, world: str = "standard", batch_
         p.requires_grad_(False)
 
 
-def demo_settings(given: dict, world: str, seed: int, **more) -> tuple[Config, list[dict]]:
-    """The settings of a demo with that seed, and its test questions; makes the dice world if it is not there yet."""
+def dice_world(given: dict, world: str, seed: int) -> tuple[dict, list[dict]]:
+    """The settings of a demo in the dice world of that seed, and its test questions; makes it if it is not there yet."""
     name = f"dice_world_{world}_seed{seed}".replace("_standard", "")
     folder = Path(given.get("output_dir", Config().output_dir)) / name
-    config = Config(**{**given, **more, "seed": seed, "model": str(folder / "model"), "data": str(folder / "images")})
+    given = {**given, "seed": seed, "model": str(folder / "model"), "data": str(folder / "images")}
     torch.set_num_threads(1)  # at this size more threads only wait for each other
-    join_ranks(resolve_device(config.device))
+    join_ranks(resolve_device(Config(**given).device))
     if rank() == 0:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if (folder / "model").exists():
-                say(f"1. The pictures and the seed model of an earlier demo are there: {folder}")
+                say(f"The pictures and the seed model of an earlier demo are there: {folder}")
             else:
-                say(f"1. Making {folder}: unlabeled pictures of dice, labelled questions to test on, and\n"
+                say(f"Making {folder}: unlabeled pictures of dice, labelled questions to test on, and\n"
                     "   a seed model that is taught to see well and to add badly")
                 make_dice_world(folder, seed, world)
     all_sum(0)  # the other ranks wait for rank 0
-    return config, load_questions(str(folder / "holdout.jsonl"))
+    return given, load_questions(str(folder / "holdout.jsonl"))
 
 
 def seed_results(policy: Policy, rows: list[dict]) -> dict[str, dict]:
@@ -2136,14 +2139,14 @@ def seed_results(policy: Policy, rows: list[dict]) -> dict[str, dict]:
 def demo(given: dict, world: str, json_file: str | None):
     """The dice world from nothing to a result, on real files, by the same `train` and `evaluate` as everywhere."""
     start, config = time.perf_counter(), Config(**given)
-    named, run_name = config.run_name, config.run_name or f"demo_{world}_{config.preset}_seed{config.seed}".replace(
-        "_standard", "")
-    config, rows = demo_settings(given, world, config.seed, run_name=run_name)
+    say("1. The dice world")
+    given, rows = dice_world(given, world, config.seed)
+    config = Config(**{"run_name": f"demo_{world}_{config.preset}_seed{config.seed}".replace("_standard", ""), **given})
     run = run_folder(config)
-    if rank() == 0:
+    if rank() == 0 and "run_name" not in given and not resuming(config):
         with only_run_in(run):
-            for old in set(run.iterdir()) - {run / ".lock"} if not (named or resuming(config)) else ():
-                shutil.rmtree(old) if old.is_dir() else old.unlink()  # an earlier demo's
+            for old in set(run.iterdir()) - {run / ".lock"}:  # an earlier demo's
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
     all_sum(0)
 
     say(f"\n2. The seed model on {len(rows)} test questions: share correct [95 % interval]")
@@ -2184,18 +2187,19 @@ def compare_presets(given: dict, world: str, presets: list[str], seeds: list[int
     interrupted comparison has finished is not done again."""
     results = {}  # row of the table -> one result a seed
     for seed in seeds:
-        config, rows = demo_settings(given, world, seed)
-        for name, result in seed_results(Policy(config), rows).items():
+        settings, rows = dice_world(given, world, seed)
+        for name, result in seed_results(Policy(Config(**settings)), rows).items():
             results.setdefault(name, []).append(result)
         for preset in presets:
-            config, _ = demo_settings(given, world, seed, preset=preset, resume="auto", show_every=0,
-                                      run_name=f"table_{world}_{preset}_seed{seed}")
+            config = Config(**{**settings, "preset": preset, "resume": "auto", "show_every": 0,
+                               "run_name": f"table_{world}_{preset}_seed{seed}"})
             run = train(config)
             policy = Policy(config)
             policy.load("solver", list_checkpoints(run)[-1] / "solver")
             last = list(read_jsonl(run / "metrics.jsonl"))[-20:]
             results.setdefault(preset, []).append(evaluate(policy, "solver", rows, batch_size=100) | {
-                key: statistics.mean(row[key] for row in last) for key in ("kl_solver", "entropy")})
+                key: statistics.mean([row[key] for row in last if row[key] is not None] or [math.nan])
+                for key in ("kl_solver", "entropy")})
             say(format_result(f"   {preset}, seed {seed}", results[preset][-1], config))
     t95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(len(seeds), 10) - 2]  # Student's t
     spread = lambda values: f" ± {statistics.stdev(values):.3f}" * (len(values) > 1)

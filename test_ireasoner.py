@@ -1268,6 +1268,29 @@ def test_wandb_resumes_the_same_run_and_only_rank_0_writes(world, tmp_path, monk
         ir.train(Config(**{**settings, "run_name": "other"}))
 
 
+# ---- Demo ------------------------------------------------------------------------------------------------------------------
+
+def test_demo_compares_presets_on_seeds_and_finishes_what_was_interrupted(world, tmp_path, monkeypatch):
+    for seed in (3, 4):
+        shutil.copytree(world, tmp_path / f"dice_world_seed{seed}")
+    flags = ["demo", "--presets", "evolmm,step_only", "--seeds", "3,4", "--output_dir", str(tmp_path), "--total_steps", "2",
+             "--images_per_rank", "4", "--num_rollouts", "3", "--json", str(tmp_path / "table.json")]
+    assert ir.main(flags) == 0
+    rows = [line.split("|")[1:-1] for line in (tmp_path / "table_standard.md").read_text().splitlines() if line[:1] == "|"]
+    assert [row[0].strip() for row in rows[2:]] == ["seed model", *(f"no training, temperature {t}" for t in (0.7, 0.5, 0.3)),
+                                                    "evolmm", "step_only"]
+    results = json.loads((tmp_path / "table.json").read_text())["results"]
+    scores = [r["mean_at_n"] for r in results["step_only"]]
+    mean, spread = sum(scores) / 2, abs(scores[0] - scores[1]) / math.sqrt(2)
+    assert rows[-1][2].strip() == f"{mean:.3f} ± {spread:.3f}"
+    gain = [a["mean_at_n"] - b["mean_at_n"] for a, b in zip(results["step_only"], results["evolmm"])]
+    assert rows[-1][-1].strip() == f"{sum(gain) / 2:+.3f} ± {12.71 * abs(gain[0] - gain[1]) / 2:.3f}" and rows[-2][-1].strip() == ""
+    assert json.loads((tmp_path / "table_standard_step_only_seed4" / "config.json").read_text())["lambda_max"] == 1.0
+    monkeypatch.setattr(ir, "train_step", None)  # nothing is left to train
+    before = (tmp_path / "table_standard.md").read_text()
+    assert ir.main(flags) == 0 and (tmp_path / "table_standard.md").read_text() == before
+
+
 # ---- README ------------------------------------------------------------------------------------------------------------------
 
 def readme_examples():
