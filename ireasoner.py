@@ -2297,10 +2297,10 @@ def load_questions(file: str) -> list[dict]:
 
 
 def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: float | None = None, batch_size: int = 8,
-             tolerance: float = 0.0, predictions: list | None = None) -> dict:
+             tolerance: float = 0.0, predictions: io.TextIOBase | None = None) -> dict:
     """{n, mean_at_n, maj_at_n, greedy, ci95} on labelled questions: the share of correct answers among the N sampled
-    rollouts, by their majority vote, and by greedy decoding; ci95 has a 95 % interval for each of the three. A row of
-    answers and texts for each question is appended to `predictions`."""
+    rollouts, by their majority vote, and by greedy decoding; ci95 has a 95 % interval for each of the three. The
+    answers and texts to each question go to the open file `predictions`, a JSON object a line."""
     config = policy.config
     temperature = config.temperature if temperature is None else temperature
     correct = {"mean_at_n": 0.0, "maj_at_n": 0.0, "greedy": 0.0}
@@ -2317,10 +2317,11 @@ def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: fl
             correct["greedy"] += right[-2]
             correct["maj_at_n"] += right[-1]
             if predictions is not None:
-                predictions.append({**row, "image": str(row["image"]), "greedy": answers[-1], "greedy_text": best.text,
-                                    "sampled": answers[:-1], "sampled_texts": [c.text for c in completions],
-                                    "majority": dominant_group(answers[:-1])[0], "greedy_correct": right[-2],
-                                    "majority_correct": right[-1], "sampled_correct": right[:-2]})
+                print(json.dumps({**row, "image": str(row["image"]), "greedy": answers[-1], "greedy_text": best.text,
+                                  "sampled": answers[:-1], "sampled_texts": [c.text for c in completions],
+                                  "majority": dominant_group(answers[:-1])[0], "greedy_correct": right[-2],
+                                  "majority_correct": right[-1], "sampled_correct": right[:-2]}),
+                      file=predictions, flush=True)
     shares = {name: total / len(rows) for name, total in correct.items()}
     return {"n": len(rows), **shares, "ci95": {name: wilson_interval(p, len(rows)) for name, p in shares.items()}}
 
@@ -2820,12 +2821,12 @@ def main(argv: list[str] | None = None) -> int:
         elif command == "eval":
             rows = load_questions(args.file)
             policy, role = load_solver(config, args.adapter)
-            predictions = []
-            result = evaluate(policy, role, rows, batch_size=max(1, args.batch_size), predictions=predictions,
-                              tolerance=0.05 if args.relaxed else 0.0)
+            write_text("--predictions", args.predictions, "")
+            with open(args.predictions, "a", encoding="utf-8") as predictions:
+                result = evaluate(policy, role, rows, None, max(1, args.batch_size), 0.05 if args.relaxed else 0.0,
+                                  predictions)
             print(format_result(args.adapter or config.model, result, config))
             write_json(args.json, result)
-            write_text("--predictions", args.predictions, "".join(json.dumps(row) + "\n" for row in predictions))
         elif command == "report":
             print(f"written: {report(args.runs, args.out, args.groups)}")
         elif command == "export":

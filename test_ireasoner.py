@@ -1376,8 +1376,9 @@ def test_train_eval_and_ask_through_torchrun_and_the_command_line(world, tmp_pat
     assert run_cli(*flags, "--resume").returncode == 0
     step = tmp_path / "runs" / "run" / "step_000002"
     result = run_cli("eval", world / "holdout.jsonl", "--model", world / "model", "--adapter", step, "--max_new_tokens_solver", 40,
-                     "--json", tmp_path / "out.json")
+                     "--json", tmp_path / "out.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    assert len(list(ir.read_jsonl(tmp_path / "predictions.jsonl"))) == 12
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["n"] == 12 and set(report) == {"n", "mean_at_n", "maj_at_n", "greedy", "ci95"}
     answer = run_cli("ask", world / "images" / "0000.png", "What is red plus blue?", "--model", world / "model", "--adapter",
@@ -1724,6 +1725,10 @@ def cases(world, straight_run, tmp_path_factory):
         "choice": (at("--dtype", "int8"), ["--dtype", "bfloat16"]),
         "unknown flag": (at("--num_rolouts", 3), ["--num_rolouts", "--num_rollouts"]),
         "unknown preset": (at("--preset", "evolm"), ["evolm", "evolmm"]),
+        "no seeds": (["demo", "--seeds", "0,x"], ["--seeds", "0,x"]),
+        "unknown preset in a comparison": (["demo", "--presets", "ireasoner,evolm"], ["evolm", "evolmm"]),
+        "no run to report": (["report", folder / "empty"], ["empty", "metrics.jsonl"]),
+        "no adapter to export": (["export", folder / "empty", folder / "merged"], ["empty", "no PEFT adapter"]),
         "unknown command": (["evla"], ["evla", "eval"]),
         "no gpu": (at("--device", "cuda"), ["--device cuda", "--device cpu"]),
         "bad device": (at("--device", "tpu"), ["--device tpu", "cuda"]),
@@ -1744,7 +1749,8 @@ def cases(world, straight_run, tmp_path_factory):
     }
 
 
-def test_bad_input_gets_one_line_and_status_2(cases, capsys, straight_run):
+def test_bad_input_gets_one_line_and_status_2(cases, capsys, straight_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     runs = Path(cases["run exists"][0][2].split("=")[1])
     before = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
     for name, (flags, words) in cases.items():
