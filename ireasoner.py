@@ -687,6 +687,7 @@ class Policy:
         self.hf, self.clock, self.static_caches = hf, Clock(), {}
         arguments = inspect.signature(hf.model.forward).parameters
         self.cache_name = "cache" if "cache" in arguments else "past_key_values"
+        self.has_3d_positions = hasattr(hf.model, "get_rope_index")
         self.image_mask_name = next((n for n in ("mm_token_type_ids", "token_type_ids") if n in arguments), None)
         self.compiled = config.compile == "yes"
         self.decode = torch.compile(self.extend, fullgraph=True, dynamic=False) if self.compiled else self.extend
@@ -782,14 +783,13 @@ class Policy:
 
     def preprocess(self, image: Image.Image) -> tuple[list[int], dict[str, torch.Tensor]]:
         """(token ids of the chat template up to the text, inputs of the vision tower) for one image."""
-        head, _ = self.template
-        bos = self.tokenizer.bos_token
+        head, bos = self.template[0], self.tokenizer.bos_token
         inputs = self.processor(text=[head], images=[image], return_tensors="pt",
                                 add_special_tokens=bool(bos) and not head.startswith(bos))
-        ids = inputs.pop("input_ids")[0].tolist()
-        return ids, {name: value.to(self.device, self.hf.dtype if value.is_floating_point() else None)
-                     for name, value in inputs.items() if not name.endswith(("token_type_ids", "attention_mask"))
-                     or name.startswith("pixel")}
+        of_text = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+        vision = {name: value.to(self.device, self.hf.dtype if value.is_floating_point() else None)
+                  for name, value in inputs.items() if name not in of_text}
+        return inputs["input_ids"][0].tolist(), vision
 
     @functools.cached_property
     def template(self) -> list[str]:
@@ -822,8 +822,7 @@ class Policy:
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The chat template around the prompt; its special tokens are tokenised as such, those in the text are not."""
-        _, tail = self.template
-        tail_ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
+        tail_ids = self.tokenizer(self.template[1], add_special_tokens=False)["input_ids"]
         return prompt.image.ids + self.tokenize(prompt.text) + tail_ids
 
     def prefill(self, prompts: list[Prompt]) -> Prefill:
@@ -835,7 +834,7 @@ class Policy:
         ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows], device=self.device)               # (B, P)
         mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=self.device)   # (B, P)
         image_mask = ((ids == self.image_token_id) & (mask == 1)).int()
-        if hasattr(self.hf.model, "get_rope_index"):  # time, height and width
+        if self.has_3d_positions:  # time, height and width
             positions, _ = self.hf.model.get_rope_index(
                 ids, mm_token_type_ids=image_mask, image_grid_thw=torch.cat([p.image.grid for p in prompts]),
                 attention_mask=mask)                                                                       # (3, B, P)
@@ -869,7 +868,7 @@ class Policy:
         `mask` covers the completions."""
         steps = torch.arange(ids.shape[1], device=self.device)
         positions = first_position[:, None] + steps                                                        # (rows, T)
-        if hasattr(self.hf.model, "get_rope_index"):
+        if self.has_3d_positions:
             positions = positions.expand(3, -1, -1)  # text has equal time, height and width
         return self.hf.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
                              **{self.cache_name: cache}).last_hidden_state
