@@ -2461,6 +2461,7 @@ def draw_curves(metrics: dict[Path, list[dict]]) -> str:
     try:
         from matplotlib.figure import Figure
     except ImportError:
+        print("no curves in it: pip install matplotlib for them")
         return "<p>For the curves: pip install matplotlib, and make this report again.</p>"
     curves = {key: title for key, title in CURVES.items()
               if any(isinstance(row.get(key), (int, float)) for rows in metrics.values() for row in rows)}
