@@ -2676,9 +2676,9 @@ def naive_step(policy: Policy, learners: dict[str, Learner], images: list, promp
 
 def machine_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """(bytes a second read from memory, floating-point operations a second of a matrix product), each the best of 5."""
-    big = 1 if device.type == "cpu" else 8
-    block = torch.ones(big * 2 ** 25, device=device)
-    square = torch.ones(big * 2 ** 10, big * 2 ** 10, dtype=dtype, device=device)
+    scale = 0 if device.type == "cpu" else 2
+    block = torch.ones(2 ** (25 + scale), device=device)
+    square = torch.ones(2 ** (11 + scale), 2 ** (11 + scale), dtype=dtype, device=device)
 
     def best(work) -> float:
         times = []
