@@ -703,6 +703,7 @@ class Policy:
         eos = hf.generation_config.eos_token_id
         self.stop_ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         self.dropouts = [m for name, m in hf.named_modules() if "lora_dropout" in name]
+        self.processor_files = [] if backbone else checkpoint_files(config.model, PROCESSOR_FILES)
         if backbone is None:
             try:
                 self.check_family()
@@ -759,9 +760,8 @@ class Policy:
         """Writes folder/solver and folder/proposer, plain PEFT adapter folders, with the backbone's own tokenizer and
         processor files, so that clients which load a processor from the same folder take them as they are."""
         self.peft.save_pretrained(str(folder))
-        for file in checkpoint_files(self.config.model, PROCESSOR_FILES):
-            for role in ROLES:
-                shutil.copyfile(file, folder / role / file.name)
+        for file, role in itertools.product(self.processor_files, ROLES):
+            shutil.copyfile(file, folder / role / file.name)
 
     def load(self, role: str, folder: Path):
         """Reads one PEFT adapter folder into a role. Raises UserError if it is damaged or does not fit the backbone."""
@@ -1155,10 +1155,14 @@ PROCESSOR_FILES = ("tokenizer*", "vocab*", "merges.txt", "*token*.json", "chat_t
 
 
 def checkpoint_files(model: str, patterns: tuple[str, ...] = ("*",)) -> list[Path]:
-    """The files of a checkpoint, a folder or a Hugging Face id, that match."""
+    """The files of a checkpoint, a folder or a Hugging Face id, that match. Raises UserError."""
     if not Path(model).is_dir():
         from huggingface_hub import snapshot_download
-        model = snapshot_download(model, allow_patterns=list(patterns))
+        try:
+            model = snapshot_download(model, allow_patterns=list(patterns))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{model}: neither a folder nor to be had from the Hugging Face Hub "
+                            f"({str(error).strip().splitlines()[0]}).") from error
     return sorted({f for pattern in patterns for f in Path(model).glob(pattern) if f.is_file() and f.name[0] != "."})
 
 
