@@ -666,43 +666,20 @@ class Policy:
 
     def __init__(self, config: Config, backbone: tuple | None = None):
         """`backbone` is a (model, processor) to use instead of loading `config.model`."""
-        from peft import LoraConfig, get_peft_model
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
-        self.config = config
-        self.device = resolve_device(config.device)
-        hf, self.processor = backbone or load_backbone(config, self.device)
-        self.tokenizer, decoder = self.processor.tokenizer, hf.get_decoder()
-        decoder_name = next(name for name, module in hf.named_modules() if module is decoder)
-        projections = "|".join(sorted({name.split(".")[-1] for name, module in decoder.layers.named_modules()
-                                       if isinstance(module, torch.nn.Linear)}))  # q, k, v, o, gate, up, down
-        lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-                          target_modules=rf"{re.escape(decoder_name)}\.layers\.\d+\..*\b({projections})")
-        torch.manual_seed(derive_seed(config.seed, "adapters"))  # the same adapters on every rank
-        self.peft = get_peft_model(hf, lora, adapter_name="solver").eval()  # LoRA weights are fp32, also over bf16
-        self.peft.add_adapter("proposer", dataclasses.replace(lora))
-        for peft_config in self.peft.peft_config.values():  # a folder must be found from anywhere
-            peft_config.base_model_name_or_path = str(Path(config.model).absolute()) if Path(
-                config.model).is_dir() else config.model
-        self.hf, self.clock, self.static_caches = hf, Clock(), {}
-        arguments = inspect.signature(hf.model.forward).parameters
-        self.cache_name = "cache" if "cache" in arguments else "past_key_values"
-        self.has_3d_positions = hasattr(hf.model, "get_rope_index")
-        self.image_mask_name = next((n for n in ("mm_token_type_ids", "token_type_ids") if n in arguments), None)
-        self.compiled = config.compile == "yes"
-        self.decode = torch.compile(self.extend, fullgraph=True, dynamic=False) if self.compiled else self.extend
-        AttentionInterface.register("shared_prefix", shared_prefix_attention)
-        AttentionMaskInterface.register("shared_prefix", sdpa_mask)
-        hf.set_attn_implementation({"text_config": "shared_prefix"})
-        self.attentions = [layer.self_attn for layer in decoder.layers]
-        for layer in decoder.layers:
-            layer.self_attn.prefix = None
-            if config.grad_checkpointing == "yes":
-                layer.mlp.forward = functools.partial(checkpointed, layer.mlp.forward)
-        self.image_token_id, self.lm_head = hf.config.image_token_id, hf.get_output_embeddings()
-        eos = hf.generation_config.eos_token_id
+        self.config, self.device, self.clock = config, resolve_device(config.device), Clock()
+        self.hf, self.processor = backbone or load_backbone(config, self.device)
+        self.tokenizer, self.lm_head = self.processor.tokenizer, self.hf.get_output_embeddings()
+        self.image_token_id = self.hf.config.image_token_id
+        eos = self.hf.generation_config.eos_token_id
         self.stop_ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        self.dropouts = [m for name, m in hf.named_modules() if "lora_dropout" in name]
+        self.has_3d_positions = hasattr(self.hf.model, "get_rope_index")
+        arguments = inspect.signature(self.hf.model.forward).parameters  # names differ by family and by version
+        self.cache_name = "cache" if "cache" in arguments else "past_key_values"
+        self.image_mask_name = next((n for n in ("mm_token_type_ids", "token_type_ids") if n in arguments), None)
+        self.compiled, self.static_caches = config.compile == "yes", {}
+        self.decode = torch.compile(self.extend, fullgraph=True, dynamic=False) if self.compiled else self.extend
+        self.add_adapters()
+        self.share_prefixes()
         self.processor_files = [] if backbone else checkpoint_files(config.model, PROCESSOR_FILES)
         if backbone is None:
             try:
@@ -710,10 +687,40 @@ class Policy:
             except (UserError, torch.OutOfMemoryError):
                 raise
             except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-                if hf.config.model_type.startswith("qwen"):  # a bug of ours
+                if self.hf.config.model_type.startswith("qwen"):  # a bug of ours
                     raise
-                raise UserError(f"--model {config.model}: {hf.config.model_type} does not work here ({error!r}). Use "
-                                "another, such as Qwen2.5-VL.") from error
+                raise UserError(f"--model {config.model}: {self.hf.config.model_type} does not work here ({error!r}). "
+                                "Use another, such as Qwen2.5-VL.") from error
+
+    def add_adapters(self):
+        """Puts both roles' LoRA matrices on every projection of the language model, and nowhere else."""
+        from peft import LoraConfig, get_peft_model
+        config, decoder = self.config, self.hf.get_decoder()
+        decoder_name = next(name for name, module in self.hf.named_modules() if module is decoder)
+        projections = "|".join(sorted({name.split(".")[-1] for name, module in decoder.layers.named_modules()
+                                       if isinstance(module, torch.nn.Linear)}))  # q, k, v, o, gate, up, down
+        lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+                          target_modules=rf"{re.escape(decoder_name)}\.layers\.\d+\..*\b({projections})")
+        torch.manual_seed(derive_seed(config.seed, "adapters"))  # the same adapters on every rank
+        self.peft = get_peft_model(self.hf, lora, adapter_name="solver").eval()  # LoRA is fp32, also over bf16
+        self.peft.add_adapter("proposer", dataclasses.replace(lora))
+        for peft_config in self.peft.peft_config.values():  # a folder must be found from anywhere
+            peft_config.base_model_name_or_path = str(Path(config.model).absolute()) if Path(
+                config.model).is_dir() else config.model
+        self.dropouts = [m for name, m in self.hf.named_modules() if "lora_dropout" in name]
+
+    def share_prefixes(self):
+        """Lets the language model attend by `shared_prefix_attention`."""
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+        AttentionInterface.register("shared_prefix", shared_prefix_attention)
+        AttentionMaskInterface.register("shared_prefix", sdpa_mask)
+        self.hf.set_attn_implementation({"text_config": "shared_prefix"})
+        self.attentions = [layer.self_attn for layer in self.hf.get_decoder().layers]
+        for layer in self.hf.get_decoder().layers:
+            layer.self_attn.prefix = None
+            if self.config.grad_checkpointing == "yes":
+                layer.mlp.forward = functools.partial(checkpointed, layer.mlp.forward)
 
     @torch.no_grad()
     def check_family(self):
@@ -2111,7 +2118,7 @@ def teach(policy: Policy, steps: int, seed: int, world: str = "standard", batch_
 
 
 def dice_world(given: dict, world: str, seed: int) -> tuple[dict, list[dict]]:
-    """The settings of a demo in the dice world of that seed, and its test questions; makes it if it is not there yet."""
+    """The settings of a demo in the dice world of that seed, and its test questions; makes the world if need be."""
     name = f"dice_world_{world}_seed{seed}".replace("_standard", "")
     folder = Path(given.get("output_dir", Config().output_dir)) / name
     given = {**given, "seed": seed, "model": str(folder / "model"), "data": str(folder / "images")}
@@ -2523,8 +2530,8 @@ def gallery(run: Path, metrics: list[dict], groups: int) -> Iterator[str]:
             disagreement = depth_disagreement(torch.tensor(similarity)).tolist()
             lines.append(f"<tr><td colspan=4>D_j</td>{''.join(f'<td>{d:.2f}</td>' for d in disagreement)}</tr>")
         heads = "".join(f"<th>step {j}</th>" for j in range(1, max(len(r["steps"]) for r in row["rollouts"]) + 1))
-        yield (f"<section><div class=thumb>{thumbnail(run, row['image'])}</div><div>Step {step}, {escape(row['image'])}<br>"
-               f"<b>{escape(row['question'])}</b><br>entropy {row['entropy']:.2f} nats, Proposer's reward "
+        yield (f"<section><div class=thumb>{thumbnail(run, row['image'])}</div><div>Step {step}, {escape(row['image'])}"
+               f"<br><b>{escape(row['question'])}</b><br>entropy {row['entropy']:.2f} nats, Proposer's reward "
                f"{row['r_prop']:.2f}<table><tr><th>answer</th><th>r_ans</th><th>r_step</th><th>r_sol</th>{heads}</tr>"
                f"{''.join(lines)}</table></div></section>")
 
