@@ -395,6 +395,11 @@ def _encloses(left: str, right: str, text: str) -> bool:
 
 # ---- Section 3.1: the answer distribution (Eq 1) and what it pays the Proposer ---------------------------------------
 
+def vote(rollout: Rollout) -> str | None:
+    """The normalised answer of a rollout; None if it is invalid: no complete <answer>, or an empty one."""
+    return normalize_answer(rollout.answer or "") or None
+
+
 def answer_distribution(answers: list[str | None]) -> dict[str, float]:
     """Eq 1, p(a|x,q) = count(a) / N over the normalised answers of one question's N rollouts, in order of first
     appearance. None marks an invalid rollout: it counts in N and votes for nothing.
@@ -561,7 +566,7 @@ def group_rewards(rollouts: list[Rollout], embeddings: list[torch.Tensor], lam: 
     This is the place to try a reward of your own: whatever ends up in `r_sol` and `r_prop` trains the two roles.
     """
     n = len(rollouts)
-    answers = [normalize_answer(r.answer or "") or None for r in rollouts]  # Eq 1: '' is no answer
+    answers = [vote(r) for r in rollouts]
     p = answer_distribution(answers)
     majority, group = dominant_group(answers)
     entropy = answer_entropy(answers)
@@ -1775,7 +1780,7 @@ def swap_images(policy: Policy, asked: list[Episode], stream: ImageStream, step:
                             config.num_rollouts, config.max_new_tokens_solver, config.temperature,
                             [derive_seed(config.seed, step, e.slot, "swapped") for e in asked])
     for episode, completions in zip(asked, samples):
-        answers = [normalize_answer(parse_rollout(c.text).answer or "") or None for c in completions]
+        answers = [vote(parse_rollout(c.text)) for c in completions]
         majority, _ = dominant_group(episode.rewards.answers)
         episode.swapped_agreement = answers.count(majority) / len(answers) if majority is not None else None
 
@@ -2321,16 +2326,17 @@ def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: fl
         sampled = policy.sample(role, prompts, config.num_rollouts, config.max_new_tokens_solver, temperature, seeds)
         greedy = policy.sample(role, prompts, 1, config.max_new_tokens_solver, 0.0)
         for row, completions, (best,) in zip(batch, sampled, greedy):
-            answers = [normalize_answer(parse_rollout(c.text).answer or "") or None for c in [*completions, best]]
-            right = [matches(a, row["answers"], tolerance) for a in [*answers, dominant_group(answers[:-1])[0]]]
+            answers = [vote(parse_rollout(c.text)) for c in [*completions, best]]
+            majority, _ = dominant_group(answers[:-1])
+            right = [matches(a, row["answers"], tolerance) for a in [*answers, majority]]
             correct["mean_at_n"] += sum(right[:-2]) / config.num_rollouts
             correct["greedy"] += right[-2]
             correct["maj_at_n"] += right[-1]
             if predictions is not None:
                 print(json.dumps({**row, "image": str(row["image"]), "greedy": answers[-1], "greedy_text": best.text,
                                   "sampled": answers[:-1], "sampled_texts": [c.text for c in completions],
-                                  "majority": dominant_group(answers[:-1])[0], "greedy_correct": right[-2],
-                                  "majority_correct": right[-1], "sampled_correct": right[:-2]}),
+                                  "majority": majority, "greedy_correct": right[-2], "majority_correct": right[-1],
+                                  "sampled_correct": right[:-2]}),
                       file=predictions, flush=True)
     shares = {name: total / len(rows) for name, total in correct.items()}
     return {"n": len(rows), **shares, "ci95": {name: wilson_interval(p, len(rows)) for name, p in shares.items()}}
