@@ -726,6 +726,11 @@ class Policy:
             layer.self_attn.prefix = None
             if self.config.grad_checkpointing == "yes":
                 layer.mlp.forward = functools.partial(checkpointed, layer.mlp.forward)
+        if (self.device.type == "cpu" and self.hf.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+                and not self.compiled):  # torch.compile does not take this operator
+            for module in self.hf.get_decoder().layers.modules():
+                if type(module) is torch.nn.Linear:
+                    module.forward = functools.partial(cpu_linear, module)
 
     @torch.no_grad()
     def check_family(self):
@@ -865,10 +870,9 @@ class Policy:
     def behind(self, prefill: Prefill, pad: int = 0):
         """Inside the block all tokens come behind the prompts: `shared_prefix_attention` sees their keys and values,
         which are held once for all rows of a prompt. `pad` positions are added, for a round number of them."""
-        padding = torch.zeros(len(prefill.mask), 1, 1, prefill.mask.shape[1] + pad, device=self.device)
-        padding.masked_fill_(F.pad(prefill.mask, (pad, 0))[:, None, None] == 0, -math.inf)
+        is_token = F.pad(prefill.mask, (pad, 0))[:, None, None] > 0
         for attention, layer in zip(self.attentions, prefill.cache.layers):
-            attention.prefix = F.pad(layer.keys, (0, 0, pad, 0)), F.pad(layer.values, (0, 0, pad, 0)), padding
+            attention.prefix = F.pad(layer.keys, (0, 0, pad, 0)), F.pad(layer.values, (0, 0, pad, 0)), is_token
         try:
             yield
         finally:
@@ -1035,30 +1039,33 @@ class Decoder:
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling: float, sliding_window=None, **kwargs):
-    """Attention in the language model: PyTorch's, but inside `Policy.behind` one softmax over a row's own tokens and
-    its prompt, whose keys and values `module.prefix` holds once for all rows of the prompt.
+    """Attention in the language model: PyTorch's, but inside `Policy.behind` over a row's own tokens and its prompt,
+    whose keys and values `module.prefix` holds once for all rows of the prompt.
 
     query is (rows, heads, T, d_head), key and value (rows, key heads, R, d_head); returns (rows, T, heads, d_head).
     """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     if module.prefix is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    keys, values, padding = module.prefix                                     # (B, key heads, P, d_head), (B, 1, 1, P)
+    keys, values, is_token = module.prefix                                    # (B, key heads, P, d_head), (B, 1, 1, P)
     (rows, heads, t, width), (b, key_heads, p, _), r = query.shape, keys.shape, key.shape[2]
-    # queries that share keys become one batch: the heads of a key head, and for the prompt its N rows as well
-    group = lambda x: x.reshape(b, -1, key_heads, heads // key_heads * t, x.shape[-1]).transpose(1, 2).flatten(2, 3)
-    ungroup = lambda x: x.unflatten(2, (rows // b, -1)).transpose(1, 2).reshape(rows, key_heads, -1, x.shape[-1])
-    query = query.reshape(rows, key_heads, -1, width) * scaling
-    own = (query @ key.mT).view(rows, heads, t, r)
     if attention_mask is None:  # plainly causal
-        attention_mask = torch.ones(t, r, dtype=torch.bool, device=own.device).tril(r - t)
-    own = own.masked_fill(~attention_mask, -math.inf).view(rows, key_heads, -1, r)
-    prompt = ungroup(group(query) @ keys.mT + padding)
-    if sliding_window and p + r > sliding_window:  # tokens see the prompt's end only
-        index = (attention_mask * torch.arange(r, device=own.device)).amax(-1, keepdim=True)    # (1 or rows, 1, t, 1)
-        too_far = p + index - torch.arange(p, device=own.device) >= sliding_window              # (1 or rows, 1, t, P)
-        prompt = prompt.reshape(rows, heads, t, p).masked_fill(too_far, -math.inf).view(rows, key_heads, -1, p)
-    weights = torch.cat([prompt, own], dim=-1).float().softmax(dim=-1).to(value.dtype)
+        attention_mask = torch.ones(1, 1, t, r, dtype=torch.bool, device=query.device).tril(r - t)
+    visible = torch.cat([is_token.repeat_interleave(rows // b, 0).expand(rows, 1, t, p),
+                         attention_mask.expand(rows, 1, t, r)], dim=-1)                         # (rows, 1, T, P + R)
+    if sliding_window and p + r > sliding_window:
+        place = torch.arange(p + r, device=query.device)
+        visible = visible & ((visible * place).amax(-1, keepdim=True) - place < sliding_window)
+    if t > 1:  # scoring: one copy of the prompt's keys a row costs less than to hold all scores for the backward pass
+        keys, values = (torch.cat([x.repeat_interleave(rows // b, 0), y], 2) for x, y in ((keys, key), (values, value)))
+        return sdpa_attention_forward(module, query, keys, values, visible, scaling=scaling)
+    # decoding: no copies; to the prompt its rows are one batch of queries, and so are the heads that share keys
+    # group: (rows, key heads, g, ...) -> (B, key heads, n g, ...)
+    group = lambda x: x.unflatten(0, (b, -1)).transpose(1, 2).flatten(2, 3)
+    ungroup = lambda x: x.unflatten(2, (rows // b, -1)).transpose(1, 2).flatten(0, 1)
+    query = query.reshape(rows, key_heads, -1, width) * scaling               # (rows, key heads, g, d_head)
+    scores = torch.cat([ungroup(group(query) @ keys.mT), query @ key.mT], dim=-1)               # (..., g, P + R)
+    weights = scores.masked_fill(~visible, -math.inf).float().softmax(dim=-1).to(value.dtype)
     attended = ungroup(group(weights[..., :p]) @ values) + weights[..., p:] @ value
     return attended.reshape(rows, heads, t, width).transpose(1, 2), None
 
@@ -1077,6 +1084,26 @@ def checkpointed(forward, hidden: torch.Tensor) -> torch.Tensor:
     """Runs a layer's MLP and forgets what it computed: the backward pass does it again. (Whole layers cannot be run
     twice here: each run would append to the prompt's cache.)"""
     return checkpoint(forward, hidden, use_reentrant=False) if hidden.requires_grad else forward(hidden)
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """A frozen linear layer on the CPU, by oneDNN: PyTorch's usual library, Intel's MKL, takes twice as long on AMD's
+    processors."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight, = ctx.saved_tensors
+        return torch.ops.mkldnn._linear_pointwise(gradient, weight.mT, None, "none", [], ""), None, None
+
+
+def cpu_linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """The forward of a linear layer of the language model, be it frozen or, as an adapter's, trained."""
+    return (F.linear if layer.weight.requires_grad else OneDNNLinear.apply)(x, layer.weight, layer.bias)
 
 
 def token_statistics(hidden: torch.Tensor, ref_hidden: torch.Tensor, token_ids: torch.Tensor, lm_head,
@@ -2664,6 +2691,7 @@ def naive_step(policy: Policy, learners: dict[str, Learner], images: list, promp
     """Seconds of the straightforward loop on the same work: every rollout is generated alone with its image, and scored
     by full forwards of its own, policy and reference, with the image encoded each time."""
     config, clock = policy.config, policy.clock
+    ours = {m: m.__dict__.pop("forward") for m in policy.hf.modules() if "forward" in m.__dict__}  # tricks, for later
     clock.lap()
     for image in images:
         head_ids, pixels = policy.preprocess(image)
@@ -2688,6 +2716,8 @@ def naive_step(policy: Policy, learners: dict[str, Learner], images: list, promp
         learner.optimizer.step()
         learner.optimizer.zero_grad(set_to_none=True)
     seconds = clock.lap()
+    for module, forward in ours.items():
+        module.forward = forward
     return sum(seconds.values()) - seconds["score proposer"] * (1 - 1 / config.proposer_every)
 
 
