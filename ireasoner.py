@@ -324,7 +324,7 @@ def split_steps(think: str, max_steps: int = 8) -> list[str]:
 _UNICODE_FOLDS = {**{ord(c): "-" for c in "−‐‑‒–—―﹣－"}, **{ord(c): None for c in "\u200b\u200c\u200d\u2060\ufeff"}}
 _LATEX_FOLDS = (("{,}", ","), ("\\,", ""), ("\\!", ""), ("\\;", " "), ("\\%", "%"), ("\\$", "$"), ("^{\\circ}", "°"),
                 ("^\\circ", "°"), ("\\left", ""), ("\\right", ""))
-_LATEX_BOX = re.compile(r"\\(?:boxed|fbox|text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|displaystyle)\s*(?=\{)")
+_LATEX_BOX = re.compile(r"\\(?:boxed|fbox|text(?:bf|it|rm)?|math(?:rm|bf|it|sf)|displaystyle)\s*(?=\{)")
 _WRAPPERS = (("\\(", "\\)"), ("\\[", "\\]"), ("(", ")"), ("[", "]"), ("{", "}"), ("“", "”"), ("‘", "’"), ("«", "»"),
              ("**", "**"), ("__", "__"), ("~~", "~~"), ("$$", "$$"), ("*", "*"), ("_", "_"), ("$", "$"), ("`", "`"),
              ('"', '"'), ("'", "'"))
@@ -1056,7 +1056,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling: 
     if sliding_window and p + r > sliding_window:
         place = torch.arange(p + r, device=query.device)
         visible = visible & ((visible * place).amax(-1, keepdim=True) - place < sliding_window)
-    if t > 1:  # scoring: one copy of the prompt's keys a row costs less than to hold all scores for the backward pass
+    if t > 1:  # scoring: with a copy a row, PyTorch's fused kernels keep no attention weights for the backward pass
         keys, values = (torch.cat([x.repeat_interleave(rows // b, 0), y], 2) for x, y in ((keys, key), (values, value)))
         return sdpa_attention_forward(module, query, keys, values, visible, scaling=scaling)
     # decoding: no copies; to the prompt its rows are one batch of queries, and so are the heads that share keys
@@ -2691,7 +2691,8 @@ def naive_step(policy: Policy, learners: dict[str, Learner], images: list, promp
     """Seconds of the straightforward loop on the same work: every rollout is generated alone with its image, and scored
     by full forwards of its own, policy and reference, with the image encoded each time."""
     config, clock = policy.config, policy.clock
-    ours = {m: m.__dict__.pop("forward") for m in policy.hf.modules() if "forward" in m.__dict__}  # tricks, for later
+    # plain layers, without `cpu_linear` and `checkpointed`, until the end of this step
+    ours = {m: m.__dict__.pop("forward") for m in policy.hf.modules() if "forward" in m.__dict__}
     clock.lap()
     for image in images:
         head_ids, pixels = policy.preprocess(image)

@@ -613,6 +613,24 @@ def test_finished_rows_are_dropped_and_nothing_changes(policy, monkeypatch):
         torch.testing.assert_close(a.logprobs, b.logprobs, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_frozen_layers_on_the_cpu_equal_pytorchs(policy, bias):
+    """By oneDNN, values and gradients, also of an expanded gradient; and the policy's frozen layers take that way."""
+    layer = torch.nn.Linear(24, 40, bias=bias).requires_grad_(False)
+    x = torch.randn(3, 5, 24, requires_grad=True)
+    weights = torch.randn(3, 5, 40)
+    for loss in (lambda y: y.sum(), lambda y: (y * weights).sum()):
+        ours, plain = ir.cpu_linear(layer, x), F.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(ours, plain)
+        torch.testing.assert_close(*(torch.autograd.grad(loss(y), x)[0] for y in (ours, plain)))
+    assert "OneDNN" in type(ours.grad_fn).__name__
+    layer.requires_grad_(True)  # trained, as in the warm-up of the dice world
+    assert torch.equal(torch.autograd.grad(ir.cpu_linear(layer, x).sum(), layer.weight)[0],
+                       torch.autograd.grad(F.linear(x, layer.weight, layer.bias).sum(), layer.weight)[0])
+    taken = policy.hf.get_decoder().layers[0].mlp.up_proj.base_layer.forward
+    assert (getattr(taken, "func", None) is ir.cpu_linear) == torch.backends.mkldnn.is_available()
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_decoding_gives_the_same_tokens(world, policy):
     compiled = Policy(Config(model=str(world / "model"), compile="yes"))
