@@ -16,8 +16,8 @@ Multimodal Models", in one file, in the order of the paper. One training step:
 
 Sections: Config | 3.1 Prompts and parsing | 3.1 Answers: Eq 1 | 3.2 Steps: Eq 2-4, Figure 7 | 3.3 Rewards: Eq 5, 6
           Policy: one backbone, two adapters | Backbones | 3.3 Update: Eq 7, 8 | Ranks | Images | Run folder
-          Training loop: `train`, and `train_step`, the paper's loop on one screen
-          The dice world (demo) | ask, eval, export | Report | bench | Command line
+          Training loop: `train`, and `train_step`, the paper's loop on one screen. Here the paper ends; the rest are
+Tools:    The dice world (demo) | ask, eval, export | Report | bench | Command line
 
 Where the released code of the authors differs from the paper, this file follows the paper; README.md lists each place.
 
@@ -76,6 +76,18 @@ class TrainingStopped(Exception):
     def __init__(self, message: str, status: int = 1):
         super().__init__(message)
         self.status = status
+
+
+@contextlib.contextmanager
+def explained(message: str, *kinds: type[Exception]):
+    """Inside the block, errors of these kinds become a UserError: the message, with the error in brackets."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{message} ({reason})") from error
 
 
 # ---- Config: one line makes the field, its flag, its --help text, its check and its entry in config.json -------------
@@ -154,15 +166,13 @@ class Config:
     wandb: str = setting("", "log to this Weights & Biases project; empty: do not [ours]", "", True)
 
     def __init__(self, **given):
-        settings = {f.name: f for f in dataclasses.fields(self)}
-        for name in given:
-            if name not in settings:
-                raise UserError(f"{name}: no such setting{did_you_mean(name, settings)}")
-        preset = given.get("preset", settings["preset"].default)
+        if unknown := [name for name in given if name not in SETTINGS]:
+            raise UserError(f"{unknown[0]}: no such setting{did_you_mean(unknown[0], SETTINGS)}")
+        preset = given.get("preset", SETTINGS["preset"].default)
         if preset not in PRESETS:
             raise UserError(f"--preset {preset}: no such preset{did_you_mean(preset, PRESETS)} "
                             f"One of {', '.join(PRESETS)}.")
-        for name, f in settings.items():
+        for name, f in SETTINGS.items():
             value = given.get(name, PRESETS[preset].get(name, f.default))
             value = float(value) if f.type is float and type(value) is int else value
             within = f.metadata["within"]
@@ -177,6 +187,7 @@ class Config:
                             f"--kl_coef_max {self.kl_coef_max:g}")
 
 
+SETTINGS = {f.name: f for f in dataclasses.fields(Config)}
 PRESETS = {  # the rows of the paper's tables: what each changes
     "ireasoner": {},                                                   # Table 2, Ours, Full
     "evolmm": {"lambda_max": 0.0},                                     # Table 2, soft majority reward only
@@ -640,24 +651,24 @@ class Clock:
 
     @contextlib.contextmanager
     def phase(self, name: str):
-        outer = self.switch(name)
+        outer = self.current
+        self.book(name)
         try:
             yield
         finally:
-            self.switch(outer)
+            self.book(outer)
 
-    def switch(self, name: str) -> str:
-        """Books the time since the last switch to the phase that ends; returns that phase's name."""
+    def book(self, following: str):
+        """Counts the time since the last call to the phase that ends now."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        now, outer = time.perf_counter(), self.current
-        self.seconds[outer] += now - self.since
-        self.current, self.since = name, now
-        return outer
+        now = time.perf_counter()
+        self.seconds[self.current] += now - self.since
+        self.current, self.since = following, now
 
     def lap(self) -> dict[str, float]:
         """Seconds in each phase since the last lap."""
-        self.switch(self.current)
+        self.book(self.current)
         seconds, self.seconds = dict(self.seconds), Counter()
         return seconds
 
@@ -672,30 +683,28 @@ class Policy:
     def __init__(self, config: Config, backbone: tuple | None = None):
         """`backbone` is a (model, processor) to use instead of loading `config.model`."""
         self.config, self.device, self.clock = config, resolve_device(config.device), Clock()
-        self.hf, self.processor = backbone or load_backbone(config, self.device)
-        self.tokenizer, self.lm_head = self.processor.tokenizer, self.hf.get_output_embeddings()
-        self.image_token_id = self.hf.config.image_token_id
-        eos = self.hf.generation_config.eos_token_id
-        self.stop_ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        self.has_3d_positions = hasattr(self.hf.model, "get_rope_index")
-        arguments = inspect.signature(self.hf.model.forward).parameters  # names differ by family and by version
-        self.cache_name = "cache" if "cache" in arguments else "past_key_values"
-        self.image_mask_name = next((n for n in ("mm_token_type_ids", "token_type_ids") if n in arguments), None)
         self.compiled, self.static_caches = config.compile == "yes", {}
         self.decode = torch.compile(self.extend, fullgraph=True, dynamic=False) if self.compiled else self.extend
-        self.add_adapters()
-        self.share_prefixes()
+        self.hf, self.processor = backbone or load_backbone(config, self.device)
         self.processor_files = [] if backbone else checkpoint_files(config.model, PROCESSOR_FILES)
-        if backbone is None:
-            try:
+        family = self.hf.config.model_type  # with Qwen models an error would be a bug of ours
+        misfits = () if family.startswith("qwen") else (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
+        with explained(f"--model {config.model}: {family} does not work here. Use another, such as Qwen2.5-VL.", *misfits):
+            self.look_at_family()
+            self.add_adapters()
+            self.share_prefixes()
+            if backbone is None:
                 self.check_family()
-            except (UserError, torch.OutOfMemoryError):
-                raise
-            except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-                if self.hf.config.model_type.startswith("qwen"):  # a bug of ours
-                    raise
-                raise UserError(f"--model {config.model}: {self.hf.config.model_type} does not work here ({error!r}). "
-                                "Use another, such as Qwen2.5-VL.") from error
+
+    def look_at_family(self):
+        """Notes what differs by family of models, and by version of transformers."""
+        self.tokenizer, self.lm_head = self.processor.tokenizer, self.hf.get_output_embeddings()
+        self.image_token_id, eos = self.hf.config.image_token_id, self.hf.generation_config.eos_token_id
+        self.stop_ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        self.has_3d_positions = hasattr(self.hf.model, "get_rope_index")
+        arguments = inspect.signature(self.hf.model.forward).parameters
+        self.cache_name = "cache" if "cache" in arguments else "past_key_values"
+        self.image_mask_name = next((n for n in ("mm_token_type_ids", "token_type_ids") if n in arguments), None)
 
     def add_adapters(self):
         """Puts both roles' LoRA matrices on every projection of the language model, and nowhere else."""
@@ -707,11 +716,10 @@ class Policy:
         lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
                           target_modules=rf"{re.escape(decoder_name)}\.layers\.\d+\..*\b({projections})")
         torch.manual_seed(derive_seed(config.seed, "adapters"))  # the same adapters on every rank
+        folder = Path(config.model).absolute()  # PEFT notes it in each adapter's folder: it must be found from anywhere
+        self.hf.name_or_path = str(folder) if folder.is_dir() else config.model
         self.peft = get_peft_model(self.hf, lora, adapter_name="solver").eval()  # LoRA is fp32, also over bf16
         self.peft.add_adapter("proposer", dataclasses.replace(lora))
-        for peft_config in self.peft.peft_config.values():  # a folder must be found from anywhere
-            peft_config.base_model_name_or_path = str(Path(config.model).absolute()) if Path(
-                config.model).is_dir() else config.model
         self.dropouts = [m for name, m in self.hf.named_modules() if "lora_dropout" in name]
 
     def share_prefixes(self):
@@ -721,14 +729,16 @@ class Policy:
         AttentionInterface.register("shared_prefix", shared_prefix_attention)
         AttentionMaskInterface.register("shared_prefix", sdpa_mask)
         self.hf.set_attn_implementation({"text_config": "shared_prefix"})
-        self.attentions = [layer.self_attn for layer in self.hf.get_decoder().layers]
-        for layer in self.hf.get_decoder().layers:
+        layers = self.hf.get_decoder().layers
+        self.attentions = [layer.self_attn for layer in layers]
+        for layer in layers:
             layer.self_attn.prefix = None
             if self.config.grad_checkpointing == "yes":
                 layer.mlp.forward = functools.partial(checkpointed, layer.mlp.forward)
         if (self.device.type == "cpu" and self.hf.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+                and torch.backends.cpu.get_cpu_capability() == "AVX512"
                 and not self.compiled):  # torch.compile does not take this operator
-            for module in self.hf.get_decoder().layers.modules():
+            for module in layers.modules():
                 if type(module) is torch.nn.Linear:
                     module.forward = functools.partial(cpu_linear, module)
 
@@ -784,16 +794,12 @@ class Policy:
         """Reads one PEFT adapter folder into a role. Raises UserError if it is damaged or does not fit the backbone."""
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
-        try:
-            state = load_file(str(Path(folder) / "adapter_model.safetensors"))
-            own = self.peft.state_dict()
-            shapes = {k: tuple(own[k.replace(".weight", f".{role}.weight")].shape) for k in state}
-            if shapes != {k: tuple(v.shape) for k, v in state.items()} or len(state) != len(self.parameters(role)):
+        with explained(f"{folder}: no adapter for {self.config.model} at LoRA rank {self.config.lora_r}. Check --model "
+                       "and --lora_r, or use another checkpoint.", Exception):  # damaged and foreign files raise anything
+            state, own = load_file(Path(folder) / "adapter_model.safetensors"), self.peft.state_dict()
+            shapes = {k: own[k.replace(".weight", f".{role}.weight")].shape for k in state}
+            if shapes != {k: v.shape for k, v in state.items()} or len(state) != len(self.parameters(role)):
                 raise ValueError("its matrices have other shapes")
-        except Exception as error:  # safetensors, the file system and a foreign file each raise their own kind
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"{folder}: no adapter for {self.config.model} at LoRA rank {self.config.lora_r} "
-                            f"({reason}). Check --model and --lora_r, or use another checkpoint.") from error
         set_peft_model_state_dict(self.peft, state, adapter_name=role)
 
     # ---- prompts ----------------------------------------------------------------------------------------------------
@@ -1087,8 +1093,8 @@ def checkpointed(forward, hidden: torch.Tensor) -> torch.Tensor:
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """A frozen linear layer on the CPU, by oneDNN: PyTorch's usual library, Intel's MKL, takes twice as long on AMD's
-    processors."""
+    """A frozen linear layer on a CPU with AVX-512, by oneDNN: PyTorch's usual library, Intel's MKL, takes twice as long
+    on those of AMD. (Without AVX-512 MKL is the faster one.)"""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -1140,15 +1146,12 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
 def check_model(config: Config):
     """Reads only the backbone's config.json. Raises UserError unless it is a vision-language model that can work."""
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as vision_language
     if not Path(config.model).is_dir() and (config.model.startswith((".", "/", "~")) or config.model.count("/") != 1):
         raise UserError(f"--model {config.model}: no such folder. Give a checkpoint folder or a Hugging Face id.")
-    try:
+    with explained(f"--model {config.model}: its config.json cannot be read here or on the Hugging Face Hub. Check the "
+                   "name and the network.", OSError, ValueError, KeyError):
         model_type = AutoConfig.from_pretrained(config.model).model_type
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--model {config.model}: its config.json cannot be read here or on the Hugging Face Hub. "
-                        f"Check the name and the network. ({reason})") from error
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as vision_language
     if model_type not in vision_language:
         raise UserError(f"--model {config.model}: a {model_type} model does not answer questions about images. Use a "
                         "vision-language chat model, such as Qwen2.5-VL.")
@@ -1158,7 +1161,8 @@ def load_backbone(config: Config, device: torch.device) -> tuple:
     """(model, processor) of a checkpoint, the model frozen. Raises UserError if they cannot work here."""
     import transformers
     check_model(config)
-    try:
+    with explained(f"--model {config.model}: cannot be loaded. Install the package that it wants, or check that the "
+                   "checkpoint is complete.", ImportError, OSError, ValueError, KeyError, SafetensorError):
         hf = transformers.AutoModelForImageTextToText.from_pretrained(config.model, dtype=choose_dtype(config, device))
         if hf.config.model_type.startswith("qwen"):
             image_processor = transformers.AutoImageProcessor.from_pretrained(config.model, backend="pil")
@@ -1168,25 +1172,6 @@ def load_backbone(config: Config, device: torch.device) -> tuple:
             processor = QwenProcessor(transformers.AutoTokenizer.from_pretrained(config.model), image_processor)
         else:
             processor = transformers.AutoProcessor.from_pretrained(config.model)
-    except ImportError as error:
-        reason = " ".join(str(error).split()).split(". ")[0]
-        raise UserError(f"--model {config.model}: {reason}. Install that package, or use another model.") from error
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"--model {config.model}: cannot be loaded ({str(error).strip().splitlines()[0]}). "
-                        "Check that the checkpoint is complete.") from error
-    layers = getattr(hf.get_decoder(), "layers", [None])
-    for works, lack in (
-            (hasattr(processor, "image_processor"), "an image processor"),
-            (getattr(processor, "chat_template", None), "a chat template"),
-            (getattr(hf.config, "image_token_id", None) is not None, "an image token"),
-            (hasattr(getattr(hf, "model", None), "get_image_features")
-             and "mm_encoder_outputs" in inspect.signature(hf.model.forward).parameters,
-             "a vision tower that can be run apart"),
-            (all(hasattr(layer, "self_attn") and hasattr(layer, "mlp") for layer in layers),
-             "self_attn and mlp in every layer of its language model")):
-        if not works:
-            raise UserError(f"--model {config.model}: this {hf.config.model_type} model lacks {lack}, which training "
-                            "needs. Use another, such as Qwen2.5-VL.")
     return hf.to(device).eval().requires_grad_(False), processor
 
 
@@ -1197,11 +1182,8 @@ def checkpoint_files(model: str, patterns: tuple[str, ...] = ("*",)) -> list[Pat
     """The files of a checkpoint, a folder or a Hugging Face id, that match. Raises UserError."""
     if not Path(model).is_dir():
         from huggingface_hub import snapshot_download
-        try:
+        with explained(f"{model}: neither a folder nor to be had from the Hugging Face Hub.", OSError, ValueError):
             model = snapshot_download(model, allow_patterns=list(patterns))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{model}: neither a folder nor to be had from the Hugging Face Hub "
-                            f"({str(error).strip().splitlines()[0]}).") from error
     return sorted({f for pattern in patterns for f in Path(model).glob(pattern) if f.is_file() and f.name[0] != "."})
 
 
@@ -1366,6 +1348,11 @@ def say(text: str):
         print(text, flush=True)
 
 
+def warn(text: str):
+    """Prints a line to the standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def join_ranks(device: torch.device):
     """Joins the process group of torchrun, if torchrun started us: nccl (RCCL on ROCm) on GPUs, gloo on the CPU."""
     if "RANK" in os.environ and not dist.is_initialized():
@@ -1460,18 +1447,14 @@ def list_images(data: str) -> list[Path]:
         if source.is_dir():
             found, visited = [], set()
             for folder, subfolders, names in os.walk(source, followlinks=True):
-                if os.path.realpath(folder) in visited:  # by a link back up
-                    subfolders.clear()
-                    continue
+                new = os.path.realpath(folder) not in visited  # old: by a link back up
                 visited.add(os.path.realpath(folder))
-                subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
-                found += [Path(folder, n) for n in sorted(names)
-                          if Path(n).suffix.lower() in IMAGE_SUFFIXES and not n.startswith(".")]
+                subfolders[:] = sorted(name for name in subfolders if new and name[0] != ".")
+                found += [Path(folder, name) for name in sorted(names)
+                          if new and name[0] != "." and Path(name).suffix.lower() in IMAGE_SUFFIXES]
         elif source.is_file() and source.suffix.lower() not in IMAGE_SUFFIXES:
-            try:
+            with explained(f"--data {source}: not a text file of image paths.", UnicodeDecodeError):
                 lines = source.read_text(encoding="utf-8-sig").splitlines()
-            except UnicodeDecodeError as error:
-                raise UserError(f"--data {source}: not a text file of image paths ({error.reason}).") from error
             found = [source.parent / line.strip() for line in lines if line.strip()]
         else:
             raise UserError(f"--data {source}: no such folder or text file of paths.")
@@ -1485,8 +1468,8 @@ def list_images(data: str) -> list[Path]:
 
 def load_image(path: Path) -> Image.Image:
     """An upright RGB image: the first frame, EXIF rotation applied, alpha on white, 16 bits scaled to 8. Raises
-    whatever Pillow raises on a damaged file, and ValueError on a picture that is 200 times longer than wide."""
-    with Image.open(path) as image:
+    UserError on a damaged file, and on a picture that is 200 times longer than wide."""
+    with explained(f"{path}: cannot be read as an image.", Exception), Image.open(path) as image:  # decoders raise anything
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: convert() would clip, not scale
             import numpy
@@ -1498,7 +1481,7 @@ def load_image(path: Path) -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
     if max(image.size) >= 200 * min(image.size):
-        raise ValueError(f"{image.width} x {image.height} pixels is too narrow")
+        raise UserError(f"{path}: {image.width} x {image.height} pixels is too narrow for an image.")
     return image
 
 
@@ -1521,10 +1504,9 @@ class ImageStream:
             if path not in self.unreadable:
                 try:
                     return path, load_image(path), offset
-                except Exception as error:  # decoders raise anything on damaged files
+                except UserError as error:
                     self.unreadable.add(path)
-                    print(f"warning: skipping unreadable image {path} ({type(error).__name__}: {error})",
-                          file=sys.stderr, flush=True)
+                    warn(f"warning: skipping unreadable image {error}")
         raise UserError(f"--data: none of the {len(self.paths)} image files can be read; see the warnings above.")
 
 
@@ -1541,20 +1523,16 @@ def resuming(config: Config) -> bool:
 
 
 @contextlib.contextmanager
-def only_run_in(run: Path):
+def only_run_in(run: Path) -> Iterator[Path]:
     """Makes the run folder and holds it for this run, as long as the process lives: a second run is refused."""
-    try:
+    lock = FileLock(run / ".lock", blocking=False)
+    with (explained(f"{run}: cannot be written. Choose another --output_dir or --run_name.", OSError),
+          explained(f"{run}: another run is writing there. Wait for it, or choose another --run_name.", Timeout)):
         run.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run / ".lock", blocking=False)
         if rank() == 0:
             lock.acquire()
-    except Timeout as error:
-        raise UserError(f"{run}: another run is writing there. Wait for it, or choose another --run_name.") from error
-    except OSError as error:
-        raise UserError(f"{run}: cannot be written ({error.strerror}). Choose another --output_dir or --run_name."
-                        ) from error
     try:
-        yield
+        yield run
     finally:
         lock.release()
 
@@ -1569,13 +1547,10 @@ def open_run(run: Path, config: Config) -> Path | None:
         if not all(p.name.startswith(".") for p in run.iterdir()):
             raise UserError(f"{run}: is in the way and no run folder. Choose another --run_name.")
         return None
-    try:
+    with explained(f"{run / 'config.json'}: damaged. Choose another --run_name.", ValueError):
         saved = json.loads((run / "config.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{run / 'config.json'}: damaged ({error}). Choose another --run_name.") from error
-    different = [f"--{f.name} {saved.get(f.name)!r} there, {getattr(config, f.name)!r} here"
-                 for f in dataclasses.fields(config)
-                 if not f.metadata["resumable"] and saved.get(f.name) != getattr(config, f.name)]
+    different = [f"--{name} {saved.get(name)!r} there, {getattr(config, name)!r} here" for name, f in SETTINGS.items()
+                 if not f.metadata["resumable"] and saved.get(name) != getattr(config, name)]
     if different:
         raise UserError(f"{run}: holds a run with other settings ({'; '.join(different)}). Choose another --run_name.")
     if not resuming(config):
@@ -1593,14 +1568,11 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def start_run(run: Path, config: Config, last_step: int):
     """Writes the settings, cuts the logs back to the step from which the run continues, and removes leftovers."""
-    try:
+    with explained(f"{run}: cannot be written. Make room, or choose another --output_dir.", OSError):
         write_atomically(run / "config.json", [json.dumps(dataclasses.asdict(config), indent=2) + "\n"])
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             kept = (row for row in read_jsonl(run / name) if row["step"] <= last_step)
             write_atomically(run / name, (json.dumps(row) + "\n" for row in kept))
-    except OSError as error:
-        raise UserError(f"{run}: cannot be written ({error.strerror}). Make room, or choose another --output_dir."
-                        ) from error
     for part in run.glob(".step_*.part"):
         shutil.rmtree(part)
 
@@ -1628,7 +1600,7 @@ def append_jsonl(path: Path, rows: list[dict]):
         with open(path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
-        print(f"warning: {path}: {len(rows)} rows are lost ({error.strerror})", file=sys.stderr, flush=True)
+        warn(f"warning: {path}: {len(rows)} rows are lost ({error.strerror})")
         with contextlib.suppress(OSError):
             os.truncate(path, size)
 
@@ -1651,8 +1623,8 @@ def save_checkpoint(run: Path, step: int, images: int, policy: Policy, learners:
     except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch.save's word for a full disk
         shutil.rmtree(part, ignore_errors=True)
         reason = f"{str(error).splitlines()[0]}; {shutil.disk_usage(run).free / 1e9:.2f} GB are free"
-        print(f"WARNING: THE CHECKPOINT OF STEP {step} COULD NOT BE SAVED ({reason}). Training goes on; older ones in "
-              f"{run} are intact. Make room there.", file=sys.stderr, flush=True)
+        warn(f"WARNING: THE CHECKPOINT OF STEP {step} COULD NOT BE SAVED ({reason}). Training goes on; older ones in "
+             f"{run} are intact. Make room there.")
         return reason
     for old in set(list_checkpoints(run)[:-config.keep_checkpoints]) - {best_checkpoint(run, config)}:
         shutil.rmtree(old.rename(run / f".{old.name}.part"), ignore_errors=True)
@@ -1661,15 +1633,15 @@ def save_checkpoint(run: Path, step: int, images: int, policy: Policy, learners:
 
 def best_checkpoint(run: Path, config: Config) -> Path | None:
     """The checkpoint with the best mean of the metric `keep_best` over the `save_every` steps before it, or None."""
-    name, sign, best = config.keep_best.lstrip("-"), -1 if config.keep_best[0] == "-" else 1, (-math.inf, None)
+    name, sign = config.keep_best.lstrip("-"), -1 if config.keep_best[0] == "-" else 1
     metric = {row["step"]: row.get(name) for row in read_jsonl(run / "metrics.jsonl")}
+    scores = {}
     for folder in list_checkpoints(run):
         step = int(folder.name[5:])
-        values = [metric.get(s) for s in range(max(step - config.save_every, 0) + 1, step + 1)]
-        values = [sign * value for value in values if value is not None]
-        if values and sum(values) / len(values) > best[0]:
-            best = sum(values) / len(values), folder
-    return best[1]
+        values = [metric.get(s) for s in range(step - config.save_every + 1, step + 1)]
+        if values := [sign * value for value in values if value is not None]:
+            scores[folder] = sum(values) / len(values)
+    return max(scores, key=scores.get, default=None)
 
 
 def load_checkpoint(folder: Path, policy: Policy, learners: dict[str, Learner]) -> tuple[int, int]:
@@ -1677,14 +1649,12 @@ def load_checkpoint(folder: Path, policy: Policy, learners: dict[str, Learner]) 
     unpickled but tensors and numbers. Raises UserError if the checkpoint is damaged, or not one of ours."""
     for role in ROLES:
         policy.load(role, folder / role)
-    try:
+    with explained(f"{folder / 'trainer_state.pt'}: damaged. Delete {folder} to resume from the checkpoint before it.",
+                   Exception):  # a damaged file makes torch raise anything
         state = torch.load(folder / "trainer_state.pt", map_location=policy.device, weights_only=True)
         for role, learner in learners.items():
             learner.load_state_dict(state[role])
         return int(state["step"]), int(state["images"])
-    except Exception as error:  # a damaged file makes torch raise anything
-        raise UserError(f"{folder / 'trainer_state.pt'}: damaged ({type(error).__name__}). Delete {folder} to resume "
-                        "from the checkpoint before it.") from error
 
 
 # ---- Training loop ---------------------------------------------------------------------------------------------------
@@ -1715,11 +1685,10 @@ def train(config: Config) -> Path:
     stream = ImageStream(list_images(config.data), config.seed)
     stream[0]  # at least one image must be readable, known before the model loads
     check_model(config)
-    if config.wandb:
-        require_wandb()
+    import_wandb(config)
     join_ranks(device)
-    run, unsaved = run_folder(config), None
-    with only_run_in(run), rank_failures():
+    unsaved = None
+    with only_run_in(run_folder(config)) as run, rank_failures():
         checkpoint_folder = from_rank_0(lambda: open_run(run, config))
         policy = Policy(config)
         learners = {role: Learner(policy, role) for role in ROLES}
@@ -1758,8 +1727,7 @@ def train_step(policy: Policy, learners: dict[str, Learner], stream: ImageStream
     with clock.phase("solve"):
         asked = solve(policy, episodes, step)
     with clock.phase("reward"):
-        for e in asked:
-            e.rewards = group_rewards(e.rollouts, [policy.embed_steps(r.steps) for r in e.rollouts], lam, config)
+        reward(policy, asked, lam)
     if config.watch_every and step % config.watch_every == 0:
         swap_images(policy, asked, stream, step, first_image)
     stats = {"solver": learners["solver"].update(
@@ -1785,31 +1753,33 @@ def propose(policy: Policy, stream: ImageStream, step: int, first_image: int) ->
             for slot, (path, _, skipped), image, (proposal,) in zip(slots, loaded, encoded, proposals)]
 
 
-def solve(policy: Policy, episodes: list[Episode], step: int) -> list[Episode]:
+def solve(policy: Policy, episodes: list[Episode], step: int, key: str = "solver") -> list[Episode]:
     """Fills in N Solver rollouts for each episode that has a question; returns those episodes."""
     config = policy.config
     asked = [e for e in episodes if e.question is not None]
     samples = policy.sample("solver", [Prompt(e.image, solver_prompt(e.question)) for e in asked], config.num_rollouts,
                             config.max_new_tokens_solver, config.temperature,
-                            [derive_seed(config.seed, step, e.slot, "solver") for e in asked])
+                            [derive_seed(config.seed, step, e.slot, key) for e in asked])
     for episode, completions in zip(asked, samples):
         episode.completions = completions
         episode.rollouts = [parse_rollout(c.text, config.max_reasoning_steps) for c in completions]
     return asked
 
 
+def reward(policy: Policy, asked: list[Episode], lam: float):
+    """Fills in what each question's rollouts earn, at lambda(t)."""
+    for e in asked:
+        e.rewards = group_rewards(e.rollouts, [policy.embed_steps(r.steps) for r in e.rollouts], lam, policy.config)
+
+
 def swap_images(policy: Policy, asked: list[Episode], stream: ImageStream, step: int, first_image: int):
     """Asks each question about the stream's next image as well. If its majority answer is as frequent there, the
     answers do not come from the picture."""
-    config = policy.config
     others = policy.encode_images([stream[first_image + e.slot + 1][1] for e in asked])
-    samples = policy.sample("solver", [Prompt(image, solver_prompt(e.question)) for e, image in zip(asked, others)],
-                            config.num_rollouts, config.max_new_tokens_solver, config.temperature,
-                            [derive_seed(config.seed, step, e.slot, "swapped") for e in asked])
-    for episode, completions in zip(asked, samples):
-        answers = [vote(parse_rollout(c.text)) for c in completions]
-        majority, _ = dominant_group(episode.rewards.answers)
-        episode.swapped_agreement = answers.count(majority) / len(answers) if majority is not None else None
+    swapped = [dataclasses.replace(e, image=image) for e, image in zip(asked, others)]
+    for episode, other in zip(asked, solve(policy, swapped, step, "swapped")):
+        if majority := dominant_group(episode.rewards.answers)[0]:
+            episode.swapped_agreement = [vote(r) for r in other.rollouts].count(majority) / len(other.rollouts)
 
 
 class Log:
@@ -1818,7 +1788,11 @@ class Log:
     COLUMNS = (  # heading, key of metrics.jsonl, format
         ("H nats", "entropy", "6.2f"), ("maj", "group_size", "4.1f"), ("bad", "invalid_share", "4.0%"),
         ("r_ans", "r_ans", "5.2f"), ("r_step", "r_step", "6.2f"), ("lam", "lambda", "4.2f"), ("r_sol", "r_sol", "5.2f"),
-        ("r_prop", "r_prop", "6.2f"), ("KL nats/tok", "kl_solver", "11.4f"), ("beta", "beta_solver", "7.4f"))
+        ("r_prop", "r_prop", "6.2f"), ("KL nats/tok", "kl_solver", "11.4f"), ("beta", "beta_solver", "7.4f"),
+        (" s/step", "step_seconds", "7.2f"), ("tok/s", "tokens_per_second", "6.0f"))
+    WATCH = (("distinct questions", "distinct_questions", ".0%"), ("distinct first steps", "distinct_first_steps", ".0%"),
+             ("unnumbered", "unnumbered_share", ".0%"), ("characters an answer", "answer_chars", ".1f"),
+             ("majority answer", "majority_share", ".0%"), ("on another image", "swapped_agreement", ".0%"))
 
     def __init__(self, run: Path, config: Config, clock: Clock, last_step: int, num_images: int):
         self.run, self.config, self.clock, self.elapsed = run, config, clock, []
@@ -1855,55 +1829,43 @@ class Log:
             "answer_chars": [len(a) for g in groups for a in g.answers if a is not None],
             "swapped_agreement": [e.swapped_agreement for e in asked if e.swapped_agreement is not None]})}
         row["lambda"] = lam
-        for role in ROLES:
-            for name in ("kl", "beta", "baseline", "grad_norm", "skipped"):
-                value = stats.get(role, {}).get(name)
-                row[f"{name}_{role}"] = value if value is None or math.isfinite(value) else None  # JSON has no NaN
+        for role, name in itertools.product(ROLES, ("kl", "beta", "baseline", "grad_norm", "skipped")):
+            value = stats.get(role, {}).get(name)
+            row[f"{name}_{role}"] = value if value is None or math.isfinite(value) else None  # JSON has no NaN
         tokens = sum(len(c.token_ids) for e in episodes for c in [e.proposal, *e.completions])
         row["tokens"], row["unreadable_images"] = map(int, all_sum(tokens, sum(e.skipped_files for e in episodes)))
-        episode_rows = [row for rows in gather([episode_row(step, e) for e in episodes]) for row in rows]
+        episode_rows = sum(gather([episode_row(step, e) for e in episodes]), [])
         row["seconds"] = {name: round(s, 4) for name, s in self.clock.lap().items()}
-        self.elapsed = [*self.elapsed[-19:], sum(row["seconds"].values())]
         if rank() == 0:
             self.recent.extend(episode_rows)
-            first_steps = [row["rollouts"][0]["steps"][:1] for row in self.recent if row["rollouts"]]
-            row["distinct_questions"] = distinct_share(row["question"] for row in self.recent if row["question"])
-            row["distinct_first_steps"] = distinct_share(step for steps in first_steps for step in steps)
+            row["distinct_questions"] = distinct_share(r["question"] for r in self.recent if r["question"])
+            row["distinct_first_steps"] = distinct_share(
+                step for r in self.recent if r["rollouts"] for step in r["rollouts"][0]["steps"][:1])
             append_jsonl(self.run / "metrics.jsonl", [row])
             append_jsonl(self.run / "rollouts.jsonl", episode_rows)
-            self.print_row(row)
-            if self.config.watch_every and step % self.config.watch_every == 0:
-                self.print_watch(row)
             if self.wandb:
                 self.wandb.log({k: v for k, v in row.items() if v is not None}, step=step)
+            self.show(row)
             if asked and self.config.show_every and step % self.config.show_every == 0:
                 print(format_episode(asked[0]), flush=True)
 
-    def print_row(self, row: dict):
-        widths = [int(spec.split(".")[0]) for _, _, spec in self.COLUMNS]
-        if len(self.elapsed) == 1 or row["step"] % 25 == 1:
-            print(" ".join(["       step", *(f"{head:>{w}}" for (head, _, _), w in zip(self.COLUMNS, widths)),
-                            " s/step  tok/s       eta"]))
-        cells = ["-".rjust(w) if row[key] is None else format(row[key], spec)
-                 for (_, key, spec), w in zip(self.COLUMNS, widths)]
-        typical = sorted(self.elapsed)[len(self.elapsed) // 2]  # the median is not fooled by one slow step
-        minutes, seconds = divmod(int(typical * (self.config.total_steps - row["step"])), 60)
-        print(f"{row['step']:5d}/{self.config.total_steps:<5d}", *cells, f"{self.elapsed[-1]:7.2f}",
-              f"{row['tokens'] / self.elapsed[-1]:6.0f}", f"{minutes // 60:3d}h{minutes % 60:02d}m{seconds:02d}s",
-              flush=True)
-
+    def show(self, row: dict):
+        """The line of a step, from time to time with headings before it and the signs of collapse behind it."""
+        step, total, seconds = row["step"], self.config.total_steps, sum(row["seconds"].values())
+        self.elapsed = [*self.elapsed[-19:], seconds]
+        minutes, rest = divmod(int(statistics.median(self.elapsed) * (total - step)), 60)  # one slow step counts little
+        row = {**row, "step_seconds": seconds, "tokens_per_second": row["tokens"] / seconds}
+        if len(self.elapsed) == 1 or step % 25 == 1:
+            print("       step", *(f"{head:>{spec.split('.')[0]}}" for head, _, spec in self.COLUMNS), "      eta")
+        cell = lambda key, spec: "-".rjust(int(spec.split(".")[0] or 1)) if row[key] is None else format(row[key], spec)
+        print(f"{step:5d}/{total:<5d}", *(cell(key, spec) for _, key, spec in self.COLUMNS),
+              f"{minutes // 60:2d}h{minutes % 60:02d}m{rest:02d}s", flush=True)
+        if self.config.watch_every and step % self.config.watch_every == 0:
+            print("    watch:", ", ".join(f"{name} {cell(key, spec)}" for name, key, spec in self.WATCH), flush=True)
 
     def close(self):
         if self.wandb:
             self.wandb.finish()  # here, since torchrun's ranks end without the exit handlers that would do it
-
-    def print_watch(self, row: dict):
-        cells = [f"{name} {'-' if row[key] is None else format(row[key], spec)}" for name, key, spec in (
-            ("distinct questions", "distinct_questions", ".0%"),
-            ("distinct first steps", "distinct_first_steps", ".0%"), ("unnumbered", "unnumbered_share", ".0%"),
-            ("characters an answer", "answer_chars", ".1f"), ("majority answer", "majority_share", ".0%"),
-            ("on another image", "swapped_agreement", ".0%"))]
-        print(f"    watch: {', '.join(cells)}", flush=True)
 
 
 def distinct_share(texts: Iterable[str]) -> float | None:
@@ -1912,41 +1874,39 @@ def distinct_share(texts: Iterable[str]) -> float | None:
     return len(set(folded)) / len(folded) if folded else None
 
 
-def require_wandb():
-    """The package wandb. Raises UserError if it is not installed."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("--wandb: the package is missing. Run pip install wandb, or leave the flag out.") from error
-    return wandb
+def import_wandb(config: Config):
+    """The package wandb, if it is asked for. Raises UserError if it is not installed."""
+    if config.wandb:
+        with explained("--wandb: the package is missing. Run pip install wandb, or leave the flag out.", ImportError):
+            import wandb
+            return wandb
 
 
 def start_wandb(run: Path, config: Config):
     """The run at Weights & Biases, or None if it is not asked for; a resumed run goes on there as well."""
-    if not config.wandb:
+    if not (wandb := import_wandb(config)):
         return None
-    wandb, note = require_wandb(), run / "wandb_id.txt"
-    try:
+    note = run / "wandb_id.txt"
+    with explained(f"--wandb {config.wandb}: cannot be started.", wandb.Error):
         remote = wandb.init(project=config.wandb, name=run.name, dir=str(run), config=dataclasses.asdict(config),
                             id=note.read_text() if note.exists() else None, resume="allow")
-    except wandb.Error as error:
-        raise UserError(f"--wandb {config.wandb}: {str(error).splitlines()[0]}") from error
     note.write_text(remote.id)
     return remote
 
 
 def episode_row(step: int, episode: Episode) -> dict:
     """An episode as one row of rollouts.jsonl."""
-    row = {"step": step, "image": str(episode.path), "proposal": episode.proposal.text, "question": episode.question}
-    if (rewards := episode.rewards) is None:
-        return {**row, "r_prop": episode.r_prop, "rollouts": []}
-    similarity = {i: [None if math.isnan(s) else round(s, 4) for s in values]
-                  for i, values in zip(rewards.group, rewards.similarity.tolist())}
-    return {**row, "entropy": rewards.entropy, "r_prop": rewards.r_prop, "rollouts": [
-        {"text": r.text, "steps": r.steps, "answer": rewards.answers[i], "majority": i in rewards.group,
-         "finished": episode.completions[i].finished, "r_ans": rewards.r_ans[i], "r_step": rewards.r_step[i],
-         "r_sol": rewards.r_sol[i], "leave_one_out_similarity": similarity.get(i)}
-        for i, r in enumerate(episode.rollouts)]}
+    row = {"step": step, "image": str(episode.path), "proposal": episode.proposal.text, "question": episode.question,
+           "r_prop": episode.r_prop, "rollouts": []}
+    if rewards := episode.rewards:
+        row["entropy"], similarity = rewards.entropy, dict(zip(rewards.group, rewards.similarity.tolist()))
+        row["rollouts"] = [
+            {"text": r.text, "steps": r.steps, "answer": rewards.answers[i], "majority": i in rewards.group,
+             "finished": episode.completions[i].finished, "r_ans": rewards.r_ans[i], "r_step": rewards.r_step[i],
+             "r_sol": rewards.r_sol[i], "leave_one_out_similarity":
+             [None if math.isnan(s) else round(s, 4) for s in similarity[i]] if i in rewards.group else None}
+            for i, r in enumerate(episode.rollouts)]
+    return row
 
 
 def format_episode(episode: Episode) -> str:
@@ -1960,6 +1920,8 @@ def format_episode(episode: Episode) -> str:
                      f"(r_ans {rewards.r_ans[i]:.2f}, r_step {rewards.r_step[i]:.2f}, r_sol {rewards.r_sol[i]:.2f})")
     return "\n".join(lines)
 
+
+# ==== The paper ends here. What follows are tools; cut them off, and `train(Config(...))` still works ==================
 
 # ---- The dice world: a Qwen2.5-VL small enough to train on a laptop, mistaught on purpose ----------------------------
 
@@ -2152,7 +2114,7 @@ def teach(policy: Policy, steps: int, seed: int, world: str = "standard", batch_
 def dice_world(given: dict, world: str, seed: int) -> tuple[dict, list[dict]]:
     """The settings of a demo in the dice world of that seed, and its test questions; makes the world if need be."""
     name = f"dice_world_{world}_seed{seed}".replace("_standard", "")
-    folder = Path(given.get("output_dir", Config().output_dir)) / name
+    folder = Path(given.get("output_dir", SETTINGS["output_dir"].default)) / name
     given = {**given, "seed": seed, "model": str(folder / "model"), "data": str(folder / "images")}
     torch.set_num_threads(1)  # at this size more threads only wait for each other
     join_ranks(resolve_device(Config(**given).device))
@@ -2169,36 +2131,41 @@ def dice_world(given: dict, world: str, seed: int) -> tuple[dict, list[dict]]:
     return given, load_questions(str(folder / "holdout.jsonl"))
 
 
-def seed_results(policy: Policy, rows: list[dict]) -> dict[str, dict]:
+def seed_results(config: Config, rows: list[dict]) -> dict[str, dict]:
     """How the seed model does on the test questions, and, as controls, what sharpening alone would bring."""
-    results = {}
+    policy, results = Policy(config), {}
     for name, temperature in (("seed model", 1.0), *((f"no training, temperature {t}", t) for t in (0.7, 0.5, 0.3))):
         results[name] = evaluate(policy, None, rows, temperature, batch_size=100)
-        say(format_result(f"   {name}", results[name], policy.config))
+        say(format_result(f"   {name}", results[name], config))
     return results
 
 
-def demo(given: dict, world: str, json_file: str | None):
+def trained(config: Config) -> Policy:
+    """The policy with the Solver at the end of the run with these settings, after training it, if need be."""
+    run, policy = train(config), Policy(config)
+    policy.load("solver", list_checkpoints(run)[-1] / "solver")
+    return policy
+
+
+def demo(config: Config, args: argparse.Namespace):
     """The dice world from nothing to a result, on real files, by the same `train` and `evaluate` as everywhere."""
-    start, config = time.perf_counter(), Config(**given)
+    start = time.perf_counter()
     say("1. The dice world")
-    given, rows = dice_world(given, world, config.seed)
-    config = Config(**{"run_name": f"demo_{world}_{config.preset}_seed{config.seed}".replace("_standard", ""), **given})
-    run = run_folder(config)
+    given, rows = dice_world(args.given, args.world, config.seed)
+    name = f"demo_{args.world}_{config.preset}_seed{config.seed}".replace("_standard", "")
+    config = Config(**{"run_name": name, **given})
     if rank() == 0 and "run_name" not in given and not resuming(config):
-        with only_run_in(run):
+        with only_run_in(run_folder(config)) as run:
             for old in set(run.iterdir()) - {run / ".lock"}:  # an earlier demo's
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
     all_sum(0)
 
     say(f"\n2. The seed model on {len(rows)} test questions: share correct [95 % interval]")
-    policy = Policy(config)
-    controls = seed_results(policy, rows)
+    controls = seed_results(config, rows)
     before = controls.pop("seed model")
 
     say("\n3. Self-evolution on the unlabeled pictures: the only reward is agreement")
-    train(config)
-    policy.load("solver", list_checkpoints(run)[-1] / "solver")
+    policy = trained(config)
 
     say("\n4. The same test questions after self-evolution")
     after = evaluate(policy, "solver", rows, batch_size=100)
@@ -2207,8 +2174,7 @@ def demo(given: dict, world: str, json_file: str | None):
     picture = policy.encode_images([load_image(rows[0]["image"])])[0]
     example = Episode(0, rows[0]["image"], picture, None, rows[0]["question"])
     solve(policy, [example], config.total_steps + 1)
-    example.rewards = group_rewards(example.rollouts, [policy.embed_steps(r.steps) for r in example.rollouts],
-                                    config.lambda_max, config)
+    reward(policy, [example], config.lambda_max)
     say(f"   One of them; the true answer is {rows[0]['answers'][0]}, and * marks the majority:\n"
         + format_episode(example))
 
@@ -2220,63 +2186,62 @@ def demo(given: dict, world: str, json_file: str | None):
         + ("so this is not mere sharpening:\nby rewarding agreement between different reasoning paths, training "
            "unlearned wrong sums." if min(after["greedy"], after["mean_at_n"]) > max(best, before["greedy"]) else
            "so this run shows no\nmore than sharpening."))
-    write_json(json_file, {"before": before, "after": after, "seconds": round(seconds, 1), "seed": config.seed,
-                           "controls": {name.split()[-1]: result for name, result in controls.items()}})
+    write_output("--json", args.json, {
+        "before": before, "after": after, "seconds": round(seconds, 1), "seed": config.seed,
+        "controls": {name.split()[-1]: result for name, result in controls.items()}})
 
 
-def compare_presets(given: dict, world: str, presets: list[str], seeds: list[int], json_file: str | None):
+def compare_presets(config: Config, args: argparse.Namespace):
     """The paper's Table 2 in the dice world: every preset on every seed, beside the controls without training. What an
     interrupted comparison has finished is not done again."""
+    presets, seeds = (args.presets or config.preset).split(","), (args.seeds or str(config.seed)).split(",")
+    if not all(seed.isdigit() for seed in seeds):
+        raise UserError(f"--seeds {args.seeds}: must be whole numbers separated by commas.")
+    for preset in presets:
+        Config(preset=preset)  # raises UserError for one that does not exist, before the work begins
     results = {}  # row of the table -> one result a seed
-    for seed in seeds:
-        settings, rows = dice_world(given, world, seed)
-        for name, result in seed_results(Policy(Config(**settings)), rows).items():
+    for seed in map(int, seeds):
+        settings, rows = dice_world(args.given, args.world, seed)
+        for name, result in seed_results(Config(**settings), rows).items():
             results.setdefault(name, []).append(result)
         for preset in presets:
             config = Config(**{**settings, "preset": preset, "resume": "auto", "show_every": 0,
-                               "run_name": f"table_{world}_{preset}_seed{seed}"})
-            run = train(config)
-            policy = Policy(config)
-            policy.load("solver", list_checkpoints(run)[-1] / "solver")
-            last = list(read_jsonl(run / "metrics.jsonl"))[-20:]
-            results.setdefault(preset, []).append(evaluate(policy, "solver", rows, batch_size=100) | {
-                key: statistics.mean([row[key] for row in last if row[key] is not None] or [math.nan])
-                for key in ("kl_solver", "entropy")})
-            say(format_result(f"   {preset}, seed {seed}", results[preset][-1], config))
+                               "run_name": f"table_{args.world}_{preset}_seed{seed}"})
+            result = evaluate(trained(config), "solver", rows, batch_size=100)
+            last = list(read_jsonl(run_folder(config) / "metrics.jsonl"))[-20:]
+            for key in ("kl_solver", "entropy"):
+                result[key] = statistics.mean([row[key] for row in last if row[key] is not None] or [math.nan])
+            results.setdefault(preset, []).append(result)
+            say(format_result(f"   {preset}, seed {seed}", result, config))
     t95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(len(seeds), 10) - 2]  # Student's t
-    spread = lambda values: f" ± {statistics.stdev(values):.3f}" * (len(values) > 1)
-    lines = [f"Dice world \"{world}\", {len(rows)} test questions, {config.total_steps} steps, seeds {seeds}: mean ± "
-             f"standard deviation over seeds. Last column: mean@5 less that of {presets[0]}, paired by seed, with its "
-             "95 % interval; KL (nats per token) and entropy (nats) over the last 20 steps.\n",
+    spread = lambda values, scale=1.0: f" ± {scale * statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    lines = [f"Dice world \"{args.world}\", {len(rows)} test questions, {config.total_steps} steps, seeds "
+             f"{', '.join(seeds)}: mean ± standard deviation over seeds. Last column: mean@5 less that of {presets[0]}, "
+             "paired by seed, with its 95 % interval; KL (nats per token) and entropy (nats) over the last 20 steps.\n",
              f"| preset | greedy | mean@5 | maj@5 | KL | entropy | mean@5 − {presets[0]} |", "|---" * 7 + "|"]
     for name, per_seed in results.items():
-        cells = []
-        for key in ("greedy", "mean_at_n", "maj_at_n", "kl_solver", "entropy"):
-            values = [r[key] for r in per_seed if key in r]
-            cells.append(f"{statistics.mean(values):.3f}{spread(values)}" if values else "")
+        columns = [[r[key] for r in per_seed if key in r] for key in ("greedy", "mean_at_n", "maj_at_n", "kl_solver",
+                                                                      "entropy")]
+        cells = [f"{statistics.mean(c):.3f}{spread(c)}" if c else "" for c in columns]
         gain = [r["mean_at_n"] - reference["mean_at_n"] for r, reference in zip(per_seed, results[presets[0]])]
-        half = t95 * statistics.stdev(gain) / math.sqrt(len(gain)) if len(gain) > 1 else math.nan
-        cells.append("" if name == presets[0] else f"{statistics.mean(gain):+.3f} ± {half:.3f}")
+        cells.append("" if name == presets[0] else
+                     f"{statistics.mean(gain):+.3f}{spread(gain, t95 / math.sqrt(len(gain)))}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    table = Path(config.output_dir) / f"table_{world}.md"
-    if rank() == 0:
-        write_atomically(table, (line + "\n" for line in lines))
+    table = Path(config.output_dir) / f"table_{args.world}.md"
+    write_output("--output_dir", str(table), "\n".join(lines) + "\n")
     say("\n".join(["", *lines, "", f"written to {table}"]))
-    write_json(json_file, {"world": world, "seeds": seeds, "results": results})
+    write_output("--json", args.json, {"world": args.world, "seeds": list(map(int, seeds)), "results": results})
 
 
 # ---- ask, eval, export -----------------------------------------------------------------------------------------------
 
 def read_adapter(adapter: str) -> tuple[Path, dict]:
     """(folder, settings) of an adapter: a PEFT folder, or a step_* folder, whose Solver is meant. Raises UserError."""
-    folder = Path(adapter)
-    folder = folder / "solver" if (folder / "solver").is_dir() else folder
-    try:
+    folder = Path(adapter, "solver") if Path(adapter, "solver").is_dir() else Path(adapter)
+    with explained(f"{adapter}: no PEFT adapter there. Name a step_* folder of a run, or its solver/ folder.",
+                   OSError, ValueError, KeyError):
         saved = json.loads((folder / "adapter_config.json").read_text())
         settings = {"lora_r": saved["r"], "lora_alpha": saved["lora_alpha"], "model": saved["base_model_name_or_path"]}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{adapter}: no PEFT adapter there ({type(error).__name__}). Name a step_* folder of a run, or "
-                        "its solver/ folder.") from error
     for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
         if saved.get(option):
             raise UserError(f"{adapter}: its {option} is more than this file can do. Use PEFT itself.")
@@ -2286,23 +2251,14 @@ def read_adapter(adapter: str) -> tuple[Path, dict]:
 def load_solver(config: Config, adapter: str | None) -> tuple[Policy, str | None]:
     """A policy and the role that answers: "solver" with the weights of an adapter, or None, the plain backbone."""
     policy = Policy(config)
-    if adapter is None:
-        return policy, None
-    policy.load("solver", read_adapter(adapter)[0])
-    return policy, "solver"
-
-
-def read_image(path: Path) -> Image.Image:
-    """`load_image` for a file that the user has named."""
-    try:
-        return load_image(path)
-    except Exception as error:  # decoders raise anything on damaged files
-        raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error}).") from error
+    if adapter:
+        policy.load("solver", read_adapter(adapter)[0])
+    return policy, "solver" if adapter else None
 
 
 def ask(config: Config, image: str, question: str, adapter: str | None):
     """Prints the reasoning and the answer to one question about one image, decoded greedily."""
-    prompt = Prompt(read_image(Path(image)), solver_prompt(question))
+    prompt = Prompt(load_image(Path(image)), solver_prompt(question))
     policy, role = load_solver(config, adapter)
     rollout = parse_rollout(policy.sample(role, [prompt], 1, config.max_new_tokens_solver, 0.0)[0][0].text)
     for j, step in enumerate(rollout.steps, 1):
@@ -2313,26 +2269,19 @@ def ask(config: Config, image: str, question: str, adapter: str | None):
 def load_questions(file: str) -> list[dict]:
     """The rows of a JSONL file with the keys image (relative to the file), question and answer, one or a list of right
     ones. Raises UserError with the line number."""
-    try:
+    with explained(f"{file}: cannot be read. Give a JSONL file of questions.", OSError, UnicodeDecodeError):
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({type(error).__name__}). Give a JSONL file of questions.") from error
     rows = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            answers = row["answer"] if isinstance(row["answer"], list) and row["answer"] else [row["answer"]]
-            rows.append({"image": Path(file).parent / str(row["image"]), "question": str(row["question"]),
-                         "answers": [str(answer) for answer in answers]})
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{file} line {number}: no JSON object ({error}).") from error
-        except KeyError as error:
-            raise UserError(f"{file} line {number}: the key {error} is missing. Each line needs image, question and "
-                            "answer.") from error
-        if not rows[-1]["image"].is_file():
-            raise UserError(f"{file} line {number}: no image file {rows[-1]['image']}.")
+        if line.strip():
+            with explained(f"{file} line {number}: must be a JSON object with image, question and answer.",
+                           ValueError, TypeError, KeyError):
+                row = json.loads(line)
+                image, question, answers = Path(file).parent / str(row["image"]), str(row["question"]), row["answer"]
+            if not image.is_file():
+                raise UserError(f"{file} line {number}: no image file {image}.")
+            answers = answers if isinstance(answers, list) and answers else [answers]
+            rows.append({"image": image, "question": question, "answers": list(map(str, answers))})
     if not rows:
         raise UserError(f"{file}: no questions in it.")
     return rows
@@ -2343,29 +2292,26 @@ def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: fl
     """{n, mean_at_n, maj_at_n, greedy, ci95} on labelled questions: the share of correct answers among the N sampled
     rollouts, by their majority vote, and by greedy decoding; ci95 has a 95 % interval for each of the three. The
     answers and texts to each question go to the open file `predictions`, a JSON object a line."""
-    config = policy.config
-    temperature = config.temperature if temperature is None else temperature
-    correct = {"mean_at_n": 0.0, "maj_at_n": 0.0, "greedy": 0.0}
+    config, correct = policy.config, Counter()
     for start in tqdm(range(0, len(rows), batch_size), "eval", leave=False, disable=None):  # None: only on a terminal
         batch = rows[start:start + batch_size]
-        prompts = policy.with_features([Prompt(read_image(r["image"]), solver_prompt(r["question"])) for r in batch])
+        prompts = policy.with_features([Prompt(load_image(r["image"]), solver_prompt(r["question"])) for r in batch])
         seeds = [derive_seed(config.seed, "eval", start + i) for i in range(len(batch))]
-        sampled = policy.sample(role, prompts, config.num_rollouts, config.max_new_tokens_solver, temperature, seeds)
+        sampled = policy.sample(role, prompts, config.num_rollouts, config.max_new_tokens_solver,
+                                config.temperature if temperature is None else temperature, seeds)
         greedy = policy.sample(role, prompts, 1, config.max_new_tokens_solver, 0.0)
         for row, completions, (best,) in zip(batch, sampled, greedy):
             answers = [vote(parse_rollout(c.text)) for c in [*completions, best]]
             majority, _ = dominant_group(answers[:-1])
-            right = [matches(a, row["answers"], tolerance) for a in [*answers, majority]]
-            correct["mean_at_n"] += sum(right[:-2]) / config.num_rollouts
-            correct["greedy"] += right[-2]
-            correct["maj_at_n"] += right[-1]
-            if predictions is not None:
-                print(json.dumps({**row, "image": str(row["image"]), "greedy": answers[-1], "greedy_text": best.text,
-                                  "sampled": answers[:-1], "sampled_texts": [c.text for c in completions],
-                                  "majority": majority, "greedy_correct": right[-2], "majority_correct": right[-1],
-                                  "sampled_correct": right[:-2]}),
-                      file=predictions, flush=True)
-    shares = {name: total / len(rows) for name, total in correct.items()}
+            *right, greedy_right, majority_right = [matches(a, row["answers"], tolerance) for a in [*answers, majority]]
+            correct += {"mean_at_n": sum(right) / len(right), "maj_at_n": majority_right, "greedy": greedy_right}
+            if predictions:
+                row = {**row, "image": str(row["image"]), "greedy": answers[-1], "greedy_text": best.text,
+                       "greedy_correct": greedy_right, "sampled": answers[:-1], "sampled_correct": right,
+                       "sampled_texts": [c.text for c in completions], "majority": majority,
+                       "majority_correct": majority_right}
+                print(json.dumps(row), file=predictions, flush=True)
+    shares = {name: correct[name] / len(rows) for name in ("mean_at_n", "maj_at_n", "greedy")}
     return {"n": len(rows), **shares, "ci95": {name: wilson_interval(p, len(rows)) for name, p in shares.items()}}
 
 
@@ -2382,10 +2328,8 @@ def matches(answer: str | None, references: list[str], tolerance: float = 0.0) -
             return float(plain[:-1]) / 100 if plain.endswith("%") else float(plain)
         return math.nan
 
-    if answer is None:
-        return False
     references = [normalize_answer(reference) for reference in references]
-    return answer in references or tolerance > 0 and any(
+    return answer in references or answer is not None and tolerance > 0 and any(
         abs(number(answer) - number(reference)) <= tolerance * abs(number(reference)) for reference in references)
 
 
@@ -2404,100 +2348,98 @@ def format_result(name: str, result: dict, config: Config) -> str:
     return f"{name:<32} {'   '.join(cells)}"
 
 
-def export(adapter: str, to: str, model: str) -> Path:
+def evaluate_file(config: Config, args: argparse.Namespace):
+    """The command `eval`."""
+    rows = load_questions(args.file)
+    policy, role = load_solver(config, args.adapter)
+    write_output("--predictions", args.predictions, "")
+    with open(args.predictions, "a", encoding="utf-8") as predictions:
+        result = evaluate(policy, role, rows, None, max(1, args.batch_size), 0.05 if args.relaxed else 0.0, predictions)
+    print(format_result(args.adapter or config.model, result, config))
+    write_output("--json", args.json, result)
+
+
+def export(adapter: str, to: str, model: str):
     """Merges an adapter into its backbone: a checkpoint folder that loads wherever the backbone does. A weight becomes
     W + (alpha / r) B A and keeps its name, file and dtype; every other file is copied byte for byte, since what another
     version of transformers writes may not load in older clients. Raises UserError."""
     from safetensors import safe_open
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
     folder, saved = read_adapter(adapter)
     target, part = Path(to), Path(to).parent / f".{Path(to).name}.part"
     if target.exists():
         raise UserError(f"{to}: exists already. Name a folder that does not, or delete it.")
-    try:
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            lora = {name: file.get_tensor(name) for name in file.keys()}
-        sources = checkpoint_files(model)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{adapter}, {model}: cannot be read ({str(error).splitlines()[0]}).") from error
+    with explained(f"{adapter}: cannot be read.", OSError, SafetensorError):
+        lora = load_file(folder / "adapter_model.safetensors")
     # "layers.3.mlp.up_proj": the backbone's file may place the language model elsewhere than the loaded model does
     left = {re.search(r"(layers\..*)\.lora_A", name)[1]: name for name in lora if ".lora_A." in name}
-    try:
+    with explained(f"{to}: cannot be written.", OSError, SafetensorError), contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, part, ignore_errors=True)
         part.mkdir(parents=True)
-        for source in tqdm(sources, "export", leave=False, disable=None):
-            if source.suffix != ".safetensors":
-                if source.suffix not in (".bin", ".pt", ".pth", ".gguf"):  # weights in other formats, not merged
-                    shutil.copyfile(source, part / source.name)
-                continue
-            with safe_open(source, "pt") as file:
-                weights, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
-            for name, weight in weights.items():
-                module = re.search(r"(layers\..*)\.weight$", name)
-                if module and module[1] in left and not re.search("vision|visual", name):
-                    a = left.pop(module[1])
-                    delta = lora[a.replace(".lora_A.", ".lora_B.")].float() @ lora[a].float()
-                    weights[name] = (weight.float() + saved["lora_alpha"] / saved["lora_r"] * delta).to(weight.dtype)
-            save_file(weights, part / source.name, metadata or {"format": "pt"})
+        for source in tqdm(checkpoint_files(model), "export", leave=False, disable=None):
+            if source.suffix == ".safetensors":
+                with safe_open(source, "pt") as file:
+                    weights, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+                for name, weight in weights.items():
+                    module = re.search(r"(layers\..*)\.weight$", name)
+                    if module and module[1] in left and not re.search("vision|visual", name):
+                        a = left.pop(module[1])
+                        delta = lora[a.replace(".lora_A.", ".lora_B.")].float() @ lora[a].float()
+                        weights[name] = (weight.float() + saved["lora_alpha"] / saved["lora_r"] * delta).to(weight.dtype)
+                save_file(weights, part / source.name, metadata or {"format": "pt"})
+            elif source.suffix not in (".bin", ".pt", ".pth", ".gguf"):  # weights in other formats, not merged
+                shutil.copyfile(source, part / source.name)
         if left:
             raise UserError(f"{model}: has no safetensors weight for {sorted(left)[0]}, which {adapter} adapts.")
         part.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{to}: cannot be written ({str(error).splitlines()[0]}).") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return target
+    print(f"{to} holds {model} with {adapter} merged in")
 
 
 # ---- Report: a run to look at, in one HTML file ----------------------------------------------------------------------
 
-CURVES = {  # key of metrics.jsonl: title
-    "r_prop": "Figure 3: Proposer reward", "entropy": "Figure 3: answer entropy, nats",
-    "density": "Figure 3: density rho", "step_cosine": "Figure 3: step similarity r_ij",
-    "r_sol": "Figure 5: mixed reward r_sol", "r_ans": "Figure 5: r_ans", "r_step": "Figure 5: r_step",
-    "group_size": "Figure 5: rollouts with the majority answer", "comparable_steps": "Figure 5: comparable positions",
-    "mean_steps": "Figure 6: steps a solution", "kl_solver": "KL to the reference, nats per token",
-    "beta_solver": "beta", "invalid_share": "Watch: invalid rollouts", "unnumbered_share": "Watch: unnumbered traces",
-    "distinct_questions": "Watch: distinct questions", "distinct_first_steps": "Watch: distinct first steps",
-    "answer_chars": "Watch: characters an answer", "majority_share": "Watch: share of the majority answer",
-    "swapped_agreement": "Watch: its share on another image"}
+CURVES = {  # title: keys of metrics.jsonl
+    "Figure 3": ("r_prop", "entropy", "density", "step_cosine"),
+    "Figure 5": ("r_sol", "r_ans", "r_step", "group_size", "comparable_steps"),
+    "Figure 6": ("mean_steps",), "Update": ("kl_solver", "beta_solver"),
+    "Watch": ("invalid_share", "unnumbered_share", "distinct_questions", "distinct_first_steps", "answer_chars",
+              "majority_share", "swapped_agreement")}
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>iReasoner report</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: .5em 0 } td, th { padding: .2em .6em; text-align: left; vertical-align: top;
-border-bottom: 1px solid #ddd; overflow-wrap: anywhere } td.n { text-align: right }
-th, td.n { white-space: nowrap }
+table { border-collapse: collapse; margin: .5em 0 } th, td.n { white-space: nowrap } td.n { text-align: right }
+td, th { padding: .2em .6em; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; overflow-wrap: anywhere }
 section { display: flex; gap: 1.2em; border-top: 2px solid #888; padding: 1em 0 } section > div { flex: 1 }
 section > .thumb { flex: none; width: 224px } .major { background: #eef6ee } img { max-width: 100% }
-.common { color: #a60; font-style: italic }
-</style><h1>iReasoner report</h1>
-"""
+.common { color: #a60; font-style: italic }</style><h1>iReasoner report</h1>"""
 
 
-def report(runs: list[str], out: str, groups: int = 12) -> Path:
+def report(runs: list[str], out: str, groups: int = 12):
     """Writes one self-contained HTML file: the curves of Figures 3, 5 and 6 and of the collapse watch, the runs laid
     over one another, and for each run `groups` rollout groups with the similarities of Figure 7. Raises UserError."""
-    escape = lambda value: html.escape(str(value))
-    metrics = {}
-    for run in map(Path, runs):
-        metrics[run] = [row for row in read_jsonl(run / "metrics.jsonl") if isinstance(row, dict) and "step" in row]
-        if not metrics[run]:
-            raise UserError(f"{run}: no run folder with finished steps. Name a folder with a metrics.jsonl in it.")
-    parts = [PAGE, "<table><tr><th>run</th><th>steps</th><th>settings that differ from the defaults</th></tr>"]
+    metrics = {run: [row for row in read_jsonl(run / "metrics.jsonl") if isinstance(row, dict) and "step" in row]
+               for run in map(Path, runs)}
+    parts = [PAGE, "<table><tr><th>run<th>steps<th>settings that differ from the defaults"]
     for run, rows in metrics.items():
+        if not rows:
+            raise UserError(f"{run}: no run folder with finished steps. Name a folder with a metrics.jsonl in it.")
         with contextlib.suppress(OSError, ValueError):
             saved = json.loads((run / "config.json").read_text())
-            changed = ", ".join(f"{f.name} {saved[f.name]}" for f in dataclasses.fields(Config)
-                                if f.name in saved and saved[f.name] != f.default)
-            parts.append(f"<tr><td>{escape(run)}</td><td class=n>{escape(rows[-1]['step'])}</td>"
-                         f"<td>{escape(changed)}</td></tr>")
+            changed = ", ".join(f"{name} {saved[name]}" for name, f in SETTINGS.items()
+                                if saved.get(name, f.default) != f.default)
+            parts.append(f"<tr>{cell(run)}{cell(rows[-1]['step'], ' class=n')}{cell(changed)}")
     parts += ["</table><h2>Curves</h2>", draw_curves(metrics), "<h2>Rollout groups</h2><p>Green: the majority. "
               "Bold: S_ij of Figure 7, a step's cosine with the mean of the others' steps at that place; D_j is one "
               "less their mean. <span class=common>Steps like this</span> stand word for word in the solutions of more "
-              "than a fifth of the last 500 images: agreement on them says little.</p>"]
+              "than a fifth of the last 500 images: agreement on them says little."]
     for run, rows in metrics.items():
-        parts += [f"<h3>{escape(run)}</h3>", *gallery(run, rows, groups)]
-    write_text("--out", out, "\n".join(parts))
-    return Path(out)
+        parts += [f"<h3>{html.escape(str(run))}</h3>", *gallery(run, [row["step"] for row in rows], groups)]
+    write_output("--out", out, "\n".join(parts))
+    print(f"written: {out}")
+
+
+def cell(text, attributes: str = "", more: str = "") -> str:
+    """A cell of an HTML table; `text` is escaped, `more` is HTML."""
+    return f"<td{attributes}>{html.escape(str(text))}{more}</td>"
 
 
 def draw_curves(metrics: dict[Path, list[dict]]) -> str:
@@ -2507,35 +2449,33 @@ def draw_curves(metrics: dict[Path, list[dict]]) -> str:
     except ImportError:
         print("no curves in it: pip install matplotlib for them")
         return "<p>For the curves: pip install matplotlib, and make this report again.</p>"
-    curves = {key: title for key, title in CURVES.items()
-              if any(isinstance(row.get(key), (int, float)) for rows in metrics.values() for row in rows)}
+    curves = [(title, key) for title, keys in CURVES.items() for key in keys]
     figure = Figure(figsize=(12, 1 + 0.8 * len(curves)), layout="constrained")
     axes = figure.subplots(-(-len(curves) // 3), 3).flatten()
-    for ax, (key, title) in zip(axes, curves.items()):
-        ax.set_title(title, fontsize=9)
+    for ax in axes[len(curves):]:
+        ax.axis("off")
+    for ax, (title, key) in zip(axes, curves):
+        ax.set_title(f"{title}: {key}", fontsize=9)
         ax.tick_params(labelsize=7)
         for color, (run, rows) in enumerate(metrics.items()):
             points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
-            smooth = list(itertools.accumulate((y for _, y in points), lambda mean, y: 0.9 * mean + 0.1 * y))
-            ax.plot(*zip(*points) if points else ((), ()), color=f"C{color}", alpha=0.3, linewidth=0.7)
-            ax.plot([x for x, _ in points], smooth, color=f"C{color}", label=str(run).replace("$", r"\$"))
-    for ax in axes[len(curves):]:
-        ax.axis("off")
+            x, y = zip(*points) if points else ((), ())
+            smooth = list(itertools.accumulate(y, lambda mean, value: 0.9 * mean + 0.1 * value))
+            ax.plot(x, y, color=f"C{color}", alpha=0.3, linewidth=0.7)
+            ax.plot(x, smooth, color=f"C{color}", label=str(run).replace("$", r"\$"))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format="svg")
-    return data_image("svg+xml", picture.getvalue())
+    return data_image("svg+xml", picture)
 
 
-def data_image(kind: str, data: bytes) -> str:
+def data_image(kind: str, file: io.BytesIO) -> str:
     """An image tag that carries its image."""
-    return f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+    return f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
-def gallery(run: Path, metrics: list[dict], groups: int) -> Iterator[str]:
-    """Sections of HTML, one for each of some rollout groups, evenly spread over the run. All text is escaped."""
-    escape = lambda value: html.escape(str(value))
-    steps = [row["step"] for row in metrics]
+def gallery(run: Path, steps: list[int], groups: int) -> Iterator[str]:
+    """Sections of HTML, one for each of some rollout groups, evenly spread over the run's steps. All text is escaped."""
     chosen = {steps[round(i * (len(steps) - 1) / max(groups - 1, 1))] for i in range(groups)}
     shown, recent = {}, deque(maxlen=500)
     for row in read_jsonl(run / "rollouts.jsonl"):
@@ -2544,40 +2484,39 @@ def gallery(run: Path, metrics: list[dict], groups: int) -> Iterator[str]:
             if row["step"] in chosen:
                 shown.setdefault(row["step"], row)
     images = Counter(itertools.chain.from_iterable(recent))  # step: in how many of the last images it stands
-    for step, row in shown.items():
-        lines = []
+    for row in shown.values():
+        lines, similarity = [], []
         for r in row["rollouts"]:
-            cells = [f"<td>{escape(r['answer'] or '(invalid)')}</td>",
-                     *(f"<td class=n>{r[key]:.2f}</td>" for key in ("r_ans", "r_step", "r_sol"))]
-            for text, s in itertools.zip_longest(r["steps"], r.get("leave_one_out_similarity") or []):
-                shade = "" if s is None else f' style="background: rgba(31, 119, 180, {max(s, 0.0) / 2:.2f})"'
-                mark = " class=common" if len(recent) > 9 and images[text] > len(recent) / 5 else ""
-                number = "" if s is None else f" <b>{s:.2f}</b>"
-                cells.append(f"<td{shade}><span{mark}>{escape(text or '')}</span>{number}</td>")
-            if not r["steps"]:
-                cells.append(f"<td>{escape(r['text'][:500])}</td>")
-            lines.append(f"<tr{' class=major' * r['majority']}>{''.join(cells)}</tr>")
-        similarity = [[math.nan if s is None else s for s in r["leave_one_out_similarity"]] for r in row["rollouts"]
-                      if r.get("leave_one_out_similarity")]
+            cells = [cell(r["answer"] or "(invalid)"), *(cell(f"{r[key]:.2f}", " class=n")
+                                                         for key in ("r_ans", "r_step", "r_sol"))]
+            s_i = [math.nan if s is None else s for s in r.get("leave_one_out_similarity") or []]
+            similarity += [s_i] if s_i else []
+            for text, s in itertools.zip_longest(r["steps"], s_i, fillvalue=math.nan):
+                shade = "" if math.isnan(s) else f' style="background: rgba(31, 119, 180, {max(s, 0.0) / 2:.2f})"'
+                common = len(recent) > 9 and images[text] > len(recent) / 5
+                cells.append(cell("" if text is math.nan else text, shade + " class=common" * common,
+                                  "" if math.isnan(s) else f" <b>{s:.2f}</b>"))
+            cells += [] if r["steps"] else [cell(r["text"][:500])]
+            lines.append(f"<tr{' class=major' * r['majority']}>{''.join(cells)}")
         if similarity:
             disagreement = depth_disagreement(torch.tensor(similarity)).tolist()
-            lines.append(f"<tr><td colspan=4>D_j</td>{''.join(f'<td>{d:.2f}</td>' for d in disagreement)}</tr>")
-        heads = "".join(f"<th>step {j}</th>" for j in range(1, max(len(r["steps"]) for r in row["rollouts"]) + 1))
-        yield (f"<section><div class=thumb>{thumbnail(run, row['image'])}</div><div>Step {step}, {escape(row['image'])}"
-               f"<br><b>{escape(row['question'])}</b><br>entropy {row['entropy']:.2f} nats, Proposer's reward "
-               f"{row['r_prop']:.2f}<table><tr><th>answer</th><th>r_ans</th><th>r_step</th><th>r_sol</th>{heads}</tr>"
+            lines.append(f"<tr><td colspan=4>D_j{''.join(cell(f'{d:.2f}') for d in disagreement)}")
+        heads = "".join(f"<th>step {j}" for j in range(1, max(len(r["steps"]) for r in row["rollouts"]) + 1))
+        yield (f"<section><div class=thumb>{thumbnail(run, row['image'])}</div><div>Step {row['step']}, "
+               f"{html.escape(row['image'])}<br><b>{html.escape(row['question'])}</b><br>entropy {row['entropy']:.2f} "
+               f"nats, Proposer's reward {row['r_prop']:.2f}<table><tr><th>answer<th>r_ans<th>r_step<th>r_sol{heads}"
                f"{''.join(lines)}</table></div></section>")
 
 
 def thumbnail(run: Path, path: str) -> str:
     """The image, small, as HTML, or a word if its file is no longer there. A relative path is looked for here, and then
     in the folders above the run, since it counts from where the training was started."""
+    small = io.BytesIO()
     try:
-        places = [base / path for base in (Path(), *run.resolve().parents) if (base / path).is_file()]
-        picture, small = load_image(places[0]), io.BytesIO()
+        picture = load_image(next(base / path for base in (Path(), *run.resolve().parents) if (base / path).is_file()))
         picture.thumbnail((224, 224))
         picture.save(small, format="JPEG")
-        return data_image("jpeg", small.getvalue())
+        return data_image("jpeg", small)
     except Exception:  # decoders raise anything on damaged files
         return "(image not found)"
 
@@ -2604,10 +2543,10 @@ def bench(config: Config, args: argparse.Namespace):
     import resource
     import transformers
     text, vision, image_size, lengths = SIZES[args.size]
-    given = args.prompt_tokens, args.question_tokens, args.solution_tokens
-    p, q, r = (length or usual for length, usual in zip(given, lengths))
+    p, q, r = (given or usual for given, usual in
+               zip((args.prompt_tokens, args.question_tokens, args.solution_tokens), lengths))
     config = dataclasses.replace(config, max_new_tokens_proposer=q, max_new_tokens_solver=r)
-    device, n, b = resolve_device(config.device), config.num_rollouts, config.images_per_rank
+    device, n, b, steps = resolve_device(config.device), config.num_rollouts, config.images_per_rank, max(args.steps, 1)
     gpu, dtype = device.type == "cuda", choose_dtype(config, device)
     policy = Policy(config, build_backbone([], text=text, vision=vision, device=device, dtype=dtype))
     policy.stop_ids = set()  # nothing ends a rollout early
@@ -2623,13 +2562,14 @@ def bench(config: Config, args: argparse.Namespace):
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
     ours, naive = [], []
-    for step in range(1, max(args.steps, 1) + 1):
+    for step in range(1, steps + 1):
         ours.append(bench_step(policy, learners, images, p, n, step))
         if args.compare == "naive":  # in turn, so that both meet the same machine
             naive.append(naive_step(policy, learners, images, p, n))
     phases = {name: statistics.median(t[name] for t in ours) for name in
               ("propose", "solve", "reference", "gradient", "optimizer", "other")}
     totals = [sum(t.values()) for t in ours]
+    ratios = [x / y for x, y in zip(naive, totals)]
     seconds, sampling, scoring = (statistics.median(totals), phases["propose"] + phases["solve"],
                                   phases["reference"] + phases["gradient"])
     bandwidth, flops = machine_limits(device, dtype)
@@ -2639,31 +2579,30 @@ def bench(config: Config, args: argparse.Namespace):
     result = {
         "seconds_per_step": seconds, "phases": phases, "tokens_per_second": b * (q + n * r) / seconds,
         "images_per_hour": 3600 * b / seconds, "naive_seconds_per_step": statistics.median(naive) if naive else None,
-        "ratio": statistics.median(x / y for x, y in zip(naive, totals)) if naive else None,
+        "ratio": statistics.median(ratios) if naive else None,
         "floor_seconds": decode + 2 * weights * (2 * b * p + 3 * scored) / flops,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if gpu else
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     for name, value in phases.items():
         print(f"{name:<10} {value:9.3f} s {value / seconds:5.0%}")
-    print(f"{'step':<10} {seconds:9.3f} s   median of {len(totals)}, {min(totals):.3f} to {max(totals):.3f}\n"
+    print(f"{'step':<10} {seconds:9.3f} s   median of {steps}, {min(totals):.3f} to {max(totals):.3f}\n"
           f"{'floor':<10} {result['floor_seconds']:9.3f} s   at this machine's {bandwidth / 1e9:.1f} GB/s and "
           f"{flops / 1e12:.3f} TFLOP/s, measured now\n"
           f"sampling {b * (q + n * r) / sampling:.0f} tokens/s, its decoding floor is {decode / sampling:.0%} of its "
           f"time; scoring {scored / scoring:.0f} tokens/s; {result['images_per_hour']:.0f} images/hour; peak memory "
           f"{result['peak_memory_bytes'] / 2 ** 30:.2f} GiB")
     if naive:
-        ratios = [x / y for x, y in zip(naive, totals)]
         print(f"{'naive':<10} {result['naive_seconds_per_step']:9.3f} s   {result['ratio']:.2f} times ours, "
               f"{min(ratios):.2f} to {max(ratios):.2f}")
     if args.sweep:
         print(f"\nThe Solver's scoring, solutions of {r} tokens: its cost grows with P + N R, not with N (P + R)\n"
               "    N     P   P + N R  N (P + R)   seconds   us per token of P + N R")
         for n, p in itertools.product((2, 5, 16), (100, 600, 1200)):
-            times = [bench_step(policy, learners, images, p, n, step) for step in range(max(args.steps, 1))]
+            times = [bench_step(policy, learners, images, p, n, step) for step in range(steps)]
             share = (p + n * r) / (p + n * r + (p + q) / config.proposer_every)  # the rest is the Proposer's
             score = statistics.median(t["reference"] + t["gradient"] for t in times) / b * share
             print(f"{n:5d} {p:5d} {p + n * r:9d} {n * (p + r):10d} {score:9.3f} {1e6 * score / (p + n * r):12.0f}")
-    write_json(args.json, result)
+    write_output("--json", args.json, result)
 
 
 def bench_prompt(policy: Policy, image: EncodedImage, tokens: int) -> Prompt:
@@ -2724,37 +2663,57 @@ def naive_step(policy: Policy, learners: dict[str, Learner], images: list, promp
 
 def machine_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """(bytes a second read from memory, floating-point operations a second of a matrix product), each the best of 5."""
+    from torch.utils.benchmark import Timer
     scale = 0 if device.type == "cpu" else 2
     block = torch.ones(2 ** (25 + scale), device=device)
     square = torch.ones(2 ** (11 + scale), 2 ** (11 + scale), dtype=dtype, device=device)
-
-    def best(work) -> float:
-        times = []
-        for _ in range(6):
-            start = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
+    best = lambda work: min(Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).timeit(1).mean
+                            for _ in range(5))
     return block.nbytes / best(block.sum), 2 * len(square) ** 3 / best(lambda: square @ square)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-COMMANDS = {
-    "train": "self-evolution on a folder of unlabeled images (the default command)",
-    "demo": "the dice world: build, mistrain and improve a tiny Qwen2.5-VL on a laptop, in minutes; --presets compares",
-    "ask": "one image, one question: reasoning and answer",
-    "eval": "accuracy on a JSONL file of image, question, answer",
-    "report": "one HTML file with the curves and rollout groups of runs",
-    "export": "merges an adapter into its backbone: a checkpoint folder for transformers, lmms-eval, vLLM",
-    "bench": "times a training step on random weights of Qwen2.5-VL's shapes, without a download",
+SOLVER_SETTINGS = ("model", "num_rollouts", "temperature", "max_new_tokens_solver", "max_pixels", "device", "dtype",
+                   "seed")
+BENCH_SETTINGS = ("num_rollouts", "images_per_rank", "device", "dtype", "score_tokens", "grad_checkpointing", "compile",
+                  "lora_r")
+ADAPTER = {"--adapter": dict(help="step_* folder of a run or PEFT adapter folder; default: the backbone")}
+JSON = {"--json": dict(metavar="FILE", help="also write the result here, for machines")}
+COMMANDS = {  # what it does, the settings that are its flags (None: all), its own arguments
+    "train": ("self-evolution on a folder of unlabeled images (the default command)", None, {}),
+    "demo": ("the dice world: build, mistrain and improve a tiny Qwen2.5-VL on a laptop, in minutes; --presets compares",
+             None, {
+        "--world": dict(choices=list(WORLDS), default="standard",
+                        help="standard; long: four dice, longer traces; dim: dice are misread; default standard"),
+        "--presets": dict(help="compare these presets, separated by commas: writes a table"),
+        "--seeds": dict(help="seeds to compare them on, separated by commas; default: that of --seed"), **JSON}),
+    "ask": ("one image, one question: reasoning and answer", SOLVER_SETTINGS, {
+        "image": dict(help="image file"), "question": dict(help="what to ask about it"), **ADAPTER}),
+    "eval": ("accuracy on a JSONL file of image, question, answer", SOLVER_SETTINGS, {
+        "file": dict(help="JSONL, each line with image (path relative to the file), question and answer (one or a list "
+                          "of right ones)"),
+        "--batch_size": dict(type=int, default=8, help="questions answered together; default 8"),
+        "--relaxed": dict(action="store_true", help="numbers may be 5 %% off, as in ChartQA"),
+        "--predictions": dict(metavar="FILE", default="predictions.jsonl",
+                              help="every answer and text, a line a question; default predictions.jsonl"),
+        **ADAPTER, **JSON}),
+    "report": ("one HTML file with the curves and rollout groups of runs", (), {
+        "runs": dict(nargs="+", help="run folders, also of runs that are still going"),
+        "--out": dict(metavar="FILE", default="report.html", help="default report.html"),
+        "--groups": dict(type=int, default=12, help="rollout groups shown of each run; default 12")}),
+    "export": ("merges an adapter into its backbone: a checkpoint folder for transformers, lmms-eval, vLLM",
+               ("model",), {
+        "adapter": dict(help="step_* folder of a run or PEFT adapter folder"),
+        "to": dict(help="folder to write, which must not exist")}),
+    "bench": ("times a training step on random weights of Qwen2.5-VL's shapes, without a download", BENCH_SETTINGS, {
+        "--size": dict(choices=list(SIZES), default="small", help="architecture; default small"),
+        "--steps": dict(type=int, default=3, help="steps timed, after one to warm up; default 3"),
+        "--compare": dict(choices=["naive"], help="also time, in turn, the straightforward loop"),
+        "--sweep": dict(action="store_true", help="also show how scoring grows with N and the prompt"),
+        **{f"--{name}_tokens": dict(type=int, help="default: by size") for name in ("prompt", "question", "solution")},
+        **JSON}),
 }
-SOLVER_SETTINGS = {"model", "num_rollouts", "temperature", "max_new_tokens_solver", "max_pixels", "device", "dtype",
-                   "seed"}
-BENCH_SETTINGS = {"num_rollouts", "images_per_rank", "device", "dtype", "score_tokens", "grad_checkpointing", "compile",
-                  "lora_r"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -2766,62 +2725,28 @@ class Parser(argparse.ArgumentParser):
 
 def parse_command_line(argv: list[str]) -> tuple[str, Config, argparse.Namespace]:
     """(command, settings, the command's own arguments). Raises UserError."""
-    command = argv[0] if argv and not argv[0].startswith("-") else "train"
+    command, *rest = argv if argv and not argv[0].startswith("-") else ["train", *argv]
     if command not in COMMANDS:
         raise UserError(f"{command}: no such command{did_you_mean(command, COMMANDS)} One of {', '.join(COMMANDS)}.")
-    parser = Parser(prog=f"ireasoner.py {command}", allow_abbrev=False, description=f"{command}: {COMMANDS[command]}",
-                    epilog="Commands: " + "; ".join(f"{name}: {text}" for name, text in COMMANDS.items()))
-    if command == "ask":
-        parser.add_argument("image", help="image file")
-        parser.add_argument("question", help="what to ask about it")
-    if command == "eval":
-        parser.add_argument("file", help="JSONL, each line with image (path relative to the file), question and "
-                                         "answer (one or a list of right ones)")
-        parser.add_argument("--batch_size", type=int, default=8, help="questions answered together; default 8")
-        parser.add_argument("--relaxed", action="store_true", help="numbers may be 5 %% off, as in ChartQA")
-        parser.add_argument("--predictions", metavar="FILE", default="predictions.jsonl",
-                            help="every answer and text, a line a question; default predictions.jsonl")
-    if command == "report":
-        parser.add_argument("runs", nargs="+", help="run folders, also of runs that are still going")
-        parser.add_argument("--out", metavar="FILE", default="report.html", help="default report.html")
-        parser.add_argument("--groups", type=int, default=12, help="rollout groups shown of each run; default 12")
-    if command == "export":
-        parser.add_argument("adapter", help="step_* folder of a run or PEFT adapter folder")
-        parser.add_argument("to", help="folder to write, which must not exist")
-    if command == "bench":
-        parser.add_argument("--size", choices=list(SIZES), default="small", help="architecture; default small")
-        parser.add_argument("--steps", type=int, default=3, help="steps timed, after one to warm up; default 3")
-        parser.add_argument("--compare", choices=["naive"], help="also time, in turn, the straightforward loop")
-        parser.add_argument("--sweep", action="store_true", help="also show how scoring grows with N and the prompt")
-        for name in ("prompt_tokens", "question_tokens", "solution_tokens"):
-            parser.add_argument(f"--{name}", type=int, help="default: by size")
-    if command == "demo":
-        parser.add_argument("--world", choices=list(WORLDS), default="standard",
-                            help="standard; long: four dice, longer traces; dim: dice are misread; default standard")
-        parser.add_argument("--presets", help="compare these presets, separated by commas: writes a table")
-        parser.add_argument("--seeds", help="seeds to compare them on, separated by commas; default: that of --seed")
-    if command in ("ask", "eval"):
-        parser.add_argument("--adapter", help="step_* folder of a run or PEFT adapter folder; default: the backbone")
-    if command in ("eval", "demo", "bench"):
-        parser.add_argument("--json", metavar="FILE", help="also write the result here, for machines")
-    settings = {f.name: f for f in dataclasses.fields(Config)}
-    preset = DEMO if command == "demo" else {}
-    shown = {"train": set(settings), "demo": set(settings) - {"model", "data"}, "bench": BENCH_SETTINGS,
-             "export": {"model"}, "report": set()}.get(command, SOLVER_SETTINGS)
-    for name, f in settings.items():
-        if name in shown:
+    (purpose, shown, own), preset = COMMANDS[command], DEMO if command == "demo" else {}
+    parser = Parser(prog=f"ireasoner.py {command}", allow_abbrev=False, description=f"{command}: {purpose}",
+                    epilog="Commands: " + "; ".join(f"{name}: {text}" for name, (text, *_) in COMMANDS.items()))
+    for name, options in own.items():
+        parser.add_argument(name, **options)
+    for name, f in SETTINGS.items():
+        if name in shown if shown is not None else command == "train" or name not in ("model", "data"):
             within = f.metadata["within"]
             choices = f"; one of {', '.join(within)}" if isinstance(within, tuple) else f"; in {within}" * bool(within)
             text = f"{f.metadata['meaning']}{choices}; default {preset.get(name, f.default)!r}".replace("%", "%%")
             extra = {"resume": {"nargs": "?", "const": "auto"}, "data": {"nargs": "+"}}.get(name, {})
             parser.add_argument(f"--{name}", type=f.type, default=argparse.SUPPRESS, metavar=f.type.__name__.upper(),
                                 help=text, **extra)
-    args, unknown = parser.parse_known_args(argv[1:] if argv[:1] == [command] else argv)
+    args, unknown = parser.parse_known_args(rest)
     if unknown:
         flag = unknown[0].split("=")[0]
         known = [flag for action in parser._actions for flag in action.option_strings]
         raise UserError(f"{flag}: no such flag of {command}{did_you_mean(flag, known)} See --help.")
-    given = {name: value for name, value in vars(args).items() if name in settings}
+    given = {name: value for name, value in vars(args).items() if name in SETTINGS}
     if "data" in given:
         given["data"] = ",".join(given["data"])
     for flag in ("json", "predictions", "out"):  # known before the work is done
@@ -2832,19 +2757,11 @@ def parse_command_line(argv: list[str]) -> tuple[str, Config, argparse.Namespace
     args.given = {**preset, **given}
     return command, Config(**args.given), args
 
-
-def write_json(file: str | None, result: dict):
-    """Writes a command's result to the file of `--json`, if that is given."""
+def write_output(flag: str, file: str | None, content: str | dict):
+    """Writes what the user has asked for with a flag, if they have. Raises UserError."""
     if file and rank() == 0:
-        write_text("--json", file, json.dumps(result, indent=2) + "\n")
-
-
-def write_text(flag: str, file: str, text: str):
-    """Writes what the user has asked for with a flag. Raises UserError."""
-    try:
-        Path(file).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{flag} {file}: cannot be written ({error.strerror}).") from error
+        with explained(f"{flag} {file}: cannot be written.", OSError):
+            Path(file).write_text(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2853,34 +2770,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command, config, args = parse_command_line(sys.argv[1:] if argv is None else argv)
         quiet_libraries()
-        if command == "train":
-            train(config)
-        elif command == "demo" and (args.presets or args.seeds):
-            presets, seeds = (args.presets or config.preset).split(","), (args.seeds or str(config.seed)).split(",")
-            if not all(seed.isdigit() for seed in seeds):
-                raise UserError(f"--seeds {args.seeds}: must be whole numbers separated by commas.")
-            for preset in presets:
-                Config(preset=preset)  # raises UserError for one that does not exist, before the work begins
-            compare_presets(args.given, args.world, presets, [int(seed) for seed in seeds], args.json)
-        elif command == "demo":
-            demo(args.given, args.world, args.json)
-        elif command == "ask":
-            ask(config, args.image, args.question, args.adapter)
-        elif command == "eval":
-            rows = load_questions(args.file)
-            policy, role = load_solver(config, args.adapter)
-            write_text("--predictions", args.predictions, "")
-            with open(args.predictions, "a", encoding="utf-8") as predictions:
-                result = evaluate(policy, role, rows, None, max(1, args.batch_size), 0.05 if args.relaxed else 0.0,
-                                  predictions)
-            print(format_result(args.adapter or config.model, result, config))
-            write_json(args.json, result)
-        elif command == "report":
-            print(f"written: {report(args.runs, args.out, args.groups)}")
-        elif command == "export":
-            print(f"{export(args.adapter, args.to, config.model)} holds {config.model} with {args.adapter} merged in")
-        elif command == "bench":
-            bench(config, args)
+        match command:
+            case "train": train(config)
+            case "demo": (compare_presets if args.presets or args.seeds else demo)(config, args)
+            case "ask": ask(config, args.image, args.question, args.adapter)
+            case "eval": evaluate_file(config, args)
+            case "report": report(args.runs, args.out, args.groups)
+            case "export": export(args.adapter, args.to, config.model)
+            case "bench": bench(config, args)
     except (UserError, TrainingStopped) as error:
         message, status = str(error), error.status
     except torch.OutOfMemoryError as error:
@@ -2892,7 +2789,7 @@ def main(argv: list[str] | None = None) -> int:
     if message:
         if int(os.environ.get("RANK", 0)):
             time.sleep(3)  # other ranks mostly say the same; torchrun ends them as soon as the first has said it
-        print(f"ireasoner: {message}", file=sys.stderr, flush=True)
+        warn(f"ireasoner: {message}")
     if dist.is_initialized():  # at once: threads of gloo sometimes abort an interpreter that ends in the ordinary way
         sys.stdout.flush()
         os._exit(status)
