@@ -1395,25 +1395,25 @@ def run_cli(*args, cwd=None, env=None):
                           timeout=300, env={**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", **(env or {})})
 
 
-def test_train_eval_and_ask_through_torchrun_and_the_command_line(world, tmp_path):
+def test_train_eval_and_ask_through_torchrun_and_the_command_line(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     flags = [f"--{k}={v}" for k, v in train_settings(world, tmp_path / "runs", total_steps=2, save_every=1).items()]
     torchrun = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
                                str(HERE / "ireasoner.py"), *flags], capture_output=True, text=True, timeout=300)
     assert torchrun.returncode == 0, torchrun.stderr
     assert "2/2" in torchrun.stdout and "done:" in torchrun.stdout
-    again = run_cli(*flags)
-    assert again.returncode == 2 and "--resume" in again.stderr
-    assert run_cli(*flags, "--resume").returncode == 0
+    assert ir.main(flags) == 2 and "--resume" in capsys.readouterr().err
+    assert ir.main([*flags, "--resume"]) == 0
     step = tmp_path / "runs" / "run" / "step_000002"
-    result = run_cli("eval", world / "holdout.jsonl", "--model", world / "model", "--adapter", step, "--max_new_tokens_solver", 40,
-                     "--json", tmp_path / "out.json", cwd=tmp_path)
+    model = ["--model", str(world / "model"), "--max_new_tokens_solver", "40"]
+    result = run_cli("eval", world / "holdout.jsonl", *model, "--adapter", step, "--json", tmp_path / "out.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(list(ir.read_jsonl(tmp_path / "predictions.jsonl"))) == 12
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["n"] == 12 and set(report) == {"n", "mean_at_n", "maj_at_n", "greedy", "ci95"}
-    answer = run_cli("ask", world / "images" / "0000.png", "What is red plus blue?", "--model", world / "model", "--adapter",
-                     step / "solver", "--max_new_tokens_solver", 40)
-    assert answer.returncode == 0 and "nswer" in answer.stdout
+    picture = str(world / "images" / "0000.png")
+    assert ir.main(["ask", picture, "What is red plus blue?", *model, "--adapter", str(step / "solver")]) == 0
+    assert "nswer" in capsys.readouterr().out
 
 
 # ---- Ranks and faults: real torchrun processes with gloo -----------------------------------------------------------------
