@@ -86,8 +86,8 @@ def explained(message: str, *kinds: type[Exception]):
     except (UserError, torch.OutOfMemoryError):
         raise
     except kinds as error:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{message} ({reason})") from error
+        reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{message} ({reason[:300]})") from error
 
 
 # ---- Config: one line makes the field, its flag, its --help text, its check and its entry in config.json -------------
@@ -688,8 +688,8 @@ class Policy:
         self.hf, self.processor = backbone or load_backbone(config, self.device)
         self.processor_files = [] if backbone else checkpoint_files(config.model, PROCESSOR_FILES)
         family = self.hf.config.model_type  # with Qwen models an error would be a bug of ours
-        misfits = () if family.startswith("qwen") else (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
-        with explained(f"--model {config.model}: {family} does not work here. Use another, such as Qwen2.5-VL.", *misfits):
+        kinds = () if family.startswith("qwen") else (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
+        with explained(f"--model {config.model}: {family} does not work here. Use another, say Qwen2.5-VL.", *kinds):
             self.look_at_family()
             self.add_adapters()
             self.share_prefixes()
@@ -795,7 +795,7 @@ class Policy:
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
         with explained(f"{folder}: no adapter for {self.config.model} at LoRA rank {self.config.lora_r}. Check --model "
-                       "and --lora_r, or use another checkpoint.", Exception):  # damaged and foreign files raise anything
+                       "and --lora_r, or use another checkpoint.", Exception):  # a damaged file raises anything
             state, own = load_file(Path(folder) / "adapter_model.safetensors"), self.peft.state_dict()
             shapes = {k: own[k.replace(".weight", f".{role}.weight")].shape for k in state}
             if shapes != {k: v.shape for k, v in state.items()} or len(state) != len(self.parameters(role)):
@@ -1469,7 +1469,7 @@ def list_images(data: str) -> list[Path]:
 def load_image(path: Path) -> Image.Image:
     """An upright RGB image: the first frame, EXIF rotation applied, alpha on white, 16 bits scaled to 8. Raises
     UserError on a damaged file, and on a picture that is 200 times longer than wide."""
-    with explained(f"{path}: cannot be read as an image.", Exception), Image.open(path) as image:  # decoders raise anything
+    with explained(f"{path}: cannot be read as an image.", Exception), Image.open(path) as image:  # any, if damaged
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: convert() would clip, not scale
             import numpy
@@ -1790,9 +1790,10 @@ class Log:
         ("r_ans", "r_ans", "5.2f"), ("r_step", "r_step", "6.2f"), ("lam", "lambda", "4.2f"), ("r_sol", "r_sol", "5.2f"),
         ("r_prop", "r_prop", "6.2f"), ("KL nats/tok", "kl_solver", "11.4f"), ("beta", "beta_solver", "7.4f"),
         (" s/step", "step_seconds", "7.2f"), ("tok/s", "tokens_per_second", "6.0f"))
-    WATCH = (("distinct questions", "distinct_questions", ".0%"), ("distinct first steps", "distinct_first_steps", ".0%"),
-             ("unnumbered", "unnumbered_share", ".0%"), ("characters an answer", "answer_chars", ".1f"),
-             ("majority answer", "majority_share", ".0%"), ("on another image", "swapped_agreement", ".0%"))
+    WATCH = (
+        ("distinct questions", "distinct_questions", ".0%"), ("distinct first steps", "distinct_first_steps", ".0%"),
+        ("unnumbered", "unnumbered_share", ".0%"), ("characters an answer", "answer_chars", ".1f"),
+        ("majority answer", "majority_share", ".0%"), ("on another image", "swapped_agreement", ".0%"))
 
     def __init__(self, run: Path, config: Config, clock: Clock, last_step: int, num_images: int):
         self.run, self.config, self.clock, self.elapsed = run, config, clock, []
@@ -1921,7 +1922,7 @@ def format_episode(episode: Episode) -> str:
     return "\n".join(lines)
 
 
-# ==== The paper ends here. What follows are tools; cut them off, and `train(Config(...))` still works ==================
+# ==== The paper ends here. What follows are tools; cut them off, and `train(Config(...))` still works =================
 
 # ---- The dice world: a Qwen2.5-VL small enough to train on a laptop, mistaught on purpose ----------------------------
 
@@ -2216,8 +2217,8 @@ def compare_presets(config: Config, args: argparse.Namespace):
     t95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(len(seeds), 10) - 2]  # Student's t
     spread = lambda values, scale=1.0: f" ± {scale * statistics.stdev(values):.3f}" if len(values) > 1 else ""
     lines = [f"Dice world \"{args.world}\", {len(rows)} test questions, {config.total_steps} steps, seeds "
-             f"{', '.join(seeds)}: mean ± standard deviation over seeds. Last column: mean@5 less that of {presets[0]}, "
-             "paired by seed, with its 95 % interval; KL (nats per token) and entropy (nats) over the last 20 steps.\n",
+             f"{', '.join(seeds)}: mean ± standard deviation over seeds. Last column: mean@5 less that of {presets[0]},"
+             " paired by seed, with its 95 % interval; KL (nats a token) and entropy (nats) over the last 20 steps.\n",
              f"| preset | greedy | mean@5 | maj@5 | KL | entropy | mean@5 − {presets[0]} |", "|---" * 7 + "|"]
     for name, per_seed in results.items():
         columns = [[r[key] for r in per_seed if key in r] for key in ("greedy", "mean_at_n", "maj_at_n", "kl_solver",
@@ -2384,8 +2385,9 @@ def export(adapter: str, to: str, model: str):
                     module = re.search(r"(layers\..*)\.weight$", name)
                     if module and module[1] in left and not re.search("vision|visual", name):
                         a = left.pop(module[1])
-                        delta = lora[a.replace(".lora_A.", ".lora_B.")].float() @ lora[a].float()
-                        weights[name] = (weight.float() + saved["lora_alpha"] / saved["lora_r"] * delta).to(weight.dtype)
+                        product = lora[a.replace(".lora_A.", ".lora_B.")].float() @ lora[a].float()
+                        merged = weight.float() + saved["lora_alpha"] / saved["lora_r"] * product
+                        weights[name] = merged.to(weight.dtype)
                 save_file(weights, part / source.name, metadata or {"format": "pt"})
             elif source.suffix not in (".bin", ".pt", ".pth", ".gguf"):  # weights in other formats, not merged
                 shutil.copyfile(source, part / source.name)
@@ -2407,7 +2409,8 @@ PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>iReasoner 
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: .5em 0 } th, td.n { white-space: nowrap } td.n { text-align: right }
-td, th { padding: .2em .6em; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; overflow-wrap: anywhere }
+td, th { padding: .2em .6em; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd }
+td { overflow-wrap: anywhere }
 section { display: flex; gap: 1.2em; border-top: 2px solid #888; padding: 1em 0 } section > div { flex: 1 }
 section > .thumb { flex: none; width: 224px } .major { background: #eef6ee } img { max-width: 100% }
 .common { color: #a60; font-style: italic }</style><h1>iReasoner report</h1>"""
@@ -2475,7 +2478,7 @@ def data_image(kind: str, file: io.BytesIO) -> str:
 
 
 def gallery(run: Path, steps: list[int], groups: int) -> Iterator[str]:
-    """Sections of HTML, one for each of some rollout groups, evenly spread over the run's steps. All text is escaped."""
+    """Sections of HTML, one for each of some rollout groups, spread over the run's steps. All text is escaped."""
     chosen = {steps[round(i * (len(steps) - 1) / max(groups - 1, 1))] for i in range(groups)}
     shown, recent = {}, deque(maxlen=500)
     for row in read_jsonl(run / "rollouts.jsonl"):
@@ -2553,7 +2556,8 @@ def bench(config: Config, args: argparse.Namespace):
     learners = {role: Learner(policy, role) for role in ROLES}
     images = [Image.effect_noise(image_size, 100).convert("RGB") for _ in range(b)]
     weights = sum(w.numel() for w in [*policy.hf.model.language_model.layers.parameters(), policy.lm_head.weight])
-    name = torch.cuda.get_device_name(device) if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if gpu else (
+        f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads")
     print(f"{args.size}: {sum(w.numel() for w in policy.hf.parameters()) / 1e6:.1f} M parameters, {dtype}, {name}; "
           f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}\n"
           f"{b} image(s) x {n} rollouts a step; prompt {p} tokens, question {q}, solution {r}")
@@ -2682,8 +2686,7 @@ ADAPTER = {"--adapter": dict(help="step_* folder of a run or PEFT adapter folder
 JSON = {"--json": dict(metavar="FILE", help="also write the result here, for machines")}
 COMMANDS = {  # what it does, the settings that are its flags (None: all), its own arguments
     "train": ("self-evolution on a folder of unlabeled images (the default command)", None, {}),
-    "demo": ("the dice world: build, mistrain and improve a tiny Qwen2.5-VL on a laptop, in minutes; --presets compares",
-             None, {
+    "demo": ("the dice world: build, mistrain and improve a tiny Qwen2.5-VL on a laptop; --presets compares", None, {
         "--world": dict(choices=list(WORLDS), default="standard",
                         help="standard; long: four dice, longer traces; dim: dice are misread; default standard"),
         "--presets": dict(help="compare these presets, separated by commas: writes a table"),
@@ -2761,7 +2764,8 @@ def write_output(flag: str, file: str | None, content: str | dict):
     """Writes what the user has asked for with a flag, if they have. Raises UserError."""
     if file and rank() == 0:
         with explained(f"{flag} {file}: cannot be written.", OSError):
-            Path(file).write_text(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n", "utf-8")
+            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+            Path(file).write_text(text, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
