@@ -709,6 +709,7 @@ class Policy:
     def add_adapters(self):
         """Puts both roles' LoRA matrices on every projection of the language model, and nowhere else."""
         from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora import LoraLayer
         config, decoder = self.config, self.hf.get_decoder()
         decoder_name = next(name for name, module in self.hf.named_modules() if module is decoder)
         projections = "|".join(sorted({name.split(".")[-1] for name, module in decoder.layers.named_modules()
@@ -720,7 +721,8 @@ class Policy:
         self.hf.name_or_path = str(folder) if folder.is_dir() else config.model
         self.peft = get_peft_model(self.hf, lora, adapter_name="solver").eval()  # LoRA is fp32, also over bf16
         self.peft.add_adapter("proposer", dataclasses.replace(lora))
-        self.dropouts = [m for name, m in self.hf.named_modules() if "lora_dropout" in name]
+        self.lora_layers = [module for module in self.hf.modules() if isinstance(module, LoraLayer)]
+        self.dropouts = [m for layer in self.lora_layers for m in layer.modules() if isinstance(m, torch.nn.Dropout)]
 
     def share_prefixes(self):
         """Lets the language model attend by `shared_prefix_attention`."""
@@ -773,9 +775,15 @@ class Policy:
     def adapter(self, role: str | None):
         """Runs the block as a role, or as the reference for None. Go backward inside the block or before the next
         switch to another role: switching turns off the gradients of the role that is left."""
-        if role is None:
-            with self.peft.disable_adapter():
+        if role is None:  # as PEFT's `disable_adapter`, which also goes through all modules several times
+            enabled = [layer for layer in self.lora_layers if not layer.disable_adapters]
+            for layer in enabled:
+                layer.enable_adapters(False)
+            try:
                 yield
+            finally:
+                for layer in enabled:
+                    layer.enable_adapters(True)
         else:
             if self.peft.active_adapter != role:
                 self.peft.set_adapter(role)
@@ -815,11 +823,12 @@ class Policy:
         return inputs["input_ids"][0].tolist(), vision
 
     @functools.cached_property
-    def template(self) -> list[str]:
-        """The chat template around the text of a turn with one image."""
+    def template(self) -> tuple[str, list[int]]:
+        """The chat template of a turn with one image: what stands before its text, and the token ids behind it."""
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "PROMPT-TEXT-SLOT"}]}
-        return self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True).split(
+        head, tail = self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True).split(
             "PROMPT-TEXT-SLOT")
+        return head, self.tokenizer(tail, add_special_tokens=False)["input_ids"]
 
     @torch.no_grad()
     def encode_images(self, images: list[Image.Image]) -> list[EncodedImage]:
@@ -845,8 +854,7 @@ class Policy:
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The chat template around the prompt; its special tokens are tokenised as such, those in the text are not."""
-        tail_ids = self.tokenizer(self.template[1], add_special_tokens=False)["input_ids"]
-        return prompt.image.ids + self.tokenize(prompt.text) + tail_ids
+        return prompt.image.ids + self.tokenize(prompt.text) + self.template[1]
 
     def prefill(self, prompts: list[Prompt]) -> Prefill:
         """Runs the prompts (with encoded images) through the active adapter once, keeping their keys and values."""
@@ -2083,24 +2091,23 @@ def teach(policy: Policy, steps: int, seed: int, world: str = "standard", batch_
     optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min(1.0, (t + 1) / 40) * (1 + math.cos(math.pi * t / steps)) / 2)
+    image_ids, _ = policy.preprocess(Image.new("RGB", (56, 56)))  # those of all images, which have one size
     for step in range(1, steps + 1):
-        pixels, inputs, labels = [], [], []
+        images, inputs, labels = [], [], []
         for _ in range(batch_size):
             image, dice = draw_dice(rng, number)
             question, colors, _ = dice_question(dice, rng, sizes)
             prompt, reply = ((proposer_prompt(), f"<question>{question}</question>") if rng.random() < 0.15 else
                              (solver_prompt(question), dice_solution(dice, colors, facts, rng, misread)))
-            head_ids, inputs_of_image = policy.preprocess(image)
-            pixels.append(inputs_of_image)
-            prompt_ids = policy.prompt_ids(Prompt(EncodedImage(head_ids, {}, None), prompt))
+            images.append(image)
+            prompt_ids = policy.prompt_ids(Prompt(EncodedImage(image_ids, {}, None), prompt))
             reply_ids = policy.tokenize(reply) + [policy.tokenizer.eos_token_id]
             inputs.append(torch.tensor(prompt_ids + reply_ids))
             labels.append(torch.tensor([-100] * len(prompt_ids) + reply_ids))
         ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)
         targets = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-        image_mask = (ids == policy.image_token_id).int()
-        loss = policy.hf(input_ids=ids, labels=targets, mm_token_type_ids=image_mask,
-                         **{name: torch.cat([p[name] for p in pixels]) for name in pixels[0]}).loss
+        loss = policy.hf(input_ids=ids, labels=targets, mm_token_type_ids=(ids == policy.image_token_id).int(),
+                         **policy.processor.image_processor(images=images, return_tensors="pt")).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
