@@ -498,6 +498,24 @@ def test_kl_is_zero_at_first_then_exact(world, policy, role):
     assert all((kl == 0).all() for kl in policy.score(None, prompt, completions).kl)
 
 
+def test_the_reference_ends_with_its_block(policy):
+    """Also when it is asked for inside itself, or left by an error; and then the role learns as before."""
+    prompt = policy.with_features([Prompt(image(1), "a")])
+    hidden = lambda: policy.prefill(prompt).hidden
+    with policy.adapter("solver"):
+        own = hidden()
+        with policy.adapter(None):
+            reference = hidden()
+            with policy.adapter(None):
+                pass
+            assert torch.equal(hidden(), reference) and not torch.equal(own, reference) and not reference.requires_grad
+        with pytest.raises(KeyError), policy.adapter(None):
+            raise KeyError
+        assert torch.equal(hidden(), own) and own.requires_grad
+    assert {p.requires_grad for p in policy.parameters("solver")} == {True}
+    assert {p.requires_grad for p in policy.parameters("proposer")} == {False}
+
+
 def test_stopping_is_scored_and_trained(policy):
     """Fault 7: the released code re-tokenises decoded text and drops the end-of-turn token."""
     prompt = Prompt(image(1), ir.solver_prompt("What is red plus blue?"))
