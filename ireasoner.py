@@ -16,7 +16,7 @@ Multimodal Models", in one file, in the order of the paper. One training step:
 
 Sections: Config | 3.1 Prompts and parsing | 3.1 Answers: Eq 1 | 3.2 Steps: Eq 2-4, Figure 7 | 3.3 Rewards: Eq 5, 6
           Policy: one backbone, two adapters | Backbones | 3.3 Update: Eq 7, 8 | Ranks | Images | Run folder
-          Training loop: `train`, and `train_step`, the paper's loop on one screen. Here the paper ends; the rest are
+          Training loop: `train`, and `train_step`, the paper's loop on one screen. Here the paper ends.
 Tools:    The dice world (demo) | ask, eval, export | Report | bench | Command line
 
 Where the released code of the authors differs from the paper, this file follows the paper; README.md lists each place.
@@ -687,8 +687,9 @@ class Policy:
         self.decode = torch.compile(self.extend, fullgraph=True, dynamic=False) if self.compiled else self.extend
         self.hf, self.processor = backbone or load_backbone(config, self.device)
         self.processor_files = [] if backbone else checkpoint_files(config.model, PROCESSOR_FILES)
-        family = self.hf.config.model_type  # with Qwen models an error would be a bug of ours
-        kinds = () if family.startswith("qwen") else (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
+        family, kinds = self.hf.config.model_type, (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
+        if family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):  # an error would be a bug of ours
+            kinds = ()
         with explained(f"--model {config.model}: {family} does not work here. Use another, say Qwen2.5-VL.", *kinds):
             self.look_at_family()
             self.add_adapters()
@@ -1477,7 +1478,8 @@ def list_images(data: str) -> list[Path]:
 def load_image(path: Path) -> Image.Image:
     """An upright RGB image: the first frame, EXIF rotation applied, alpha on white, 16 bits scaled to 8. Raises
     UserError on a damaged file, and on a picture that is 200 times longer than wide."""
-    with explained(f"{path}: cannot be read as an image.", Exception), Image.open(path) as image:  # any, if damaged
+    # decoders raise anything on damaged files
+    with explained(f"{path}: cannot be read as an image.", Exception), Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: convert() would clip, not scale
             import numpy

@@ -838,6 +838,11 @@ def test_a_model_that_cannot_work_is_refused_with_the_reason(families, tmp_path,
         module, query if module.prefix is None else 2 * query, *args, **kw))
     with pytest.raises(UserError, match="does not follow"):
         Policy(settings)
+    monkeypatch.undo()
+    mute = shutil.copytree(settings.model, tmp_path / "mute")
+    (mute / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="gemma3 does not work here.*chat template"):
+        Policy(Config(model=str(mute), device="cpu"))
     settings.model = str(tmp_path)
     transformers.LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="a llama model does not answer questions about images"):
