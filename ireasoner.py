@@ -884,24 +884,24 @@ class Policy:
     @contextlib.contextmanager
     def behind(self, prefill: Prefill, pad: int = 0):
         """Inside the block all tokens come behind the prompts: `shared_prefix_attention` sees their keys and values,
-        which are held once for all rows of a prompt. `pad` positions are added, for a round number of them."""
-        is_token = F.pad(prefill.mask, (pad, 0))[:, None, None] > 0
+        which are held once for all rows of a prompt. `pad` positions are added, for a round number of them. Gives
+        which positions may be seen, (B, 1, 1, P)."""
         for attention, layer in zip(self.attentions, prefill.cache.layers):
-            attention.prefix = F.pad(layer.keys, (0, 0, pad, 0)), F.pad(layer.values, (0, 0, pad, 0)), is_token
+            attention.prefix = F.pad(layer.keys, (0, 0, pad, 0)), F.pad(layer.values, (0, 0, pad, 0))
         try:
-            yield
+            yield F.pad(prefill.mask, (pad, 0))[:, None, None] > 0
         finally:
             for attention in self.attentions:
                 attention.prefix = None
 
-    def extend(self, cache, mask: torch.Tensor, ids: torch.Tensor, first_position: torch.Tensor) -> torch.Tensor:
-        """Hidden states (rows, T, d) of tokens `ids` (rows, T) behind the prompts and a cache of completion tokens;
-        `mask` covers the completions."""
+    def extend(self, cache, visible: torch.Tensor, ids: torch.Tensor, first_position: torch.Tensor) -> torch.Tensor:
+        """Hidden states (rows, T, d) of tokens `ids` (rows, T) behind the prompts and a cache of completion tokens,
+        R with these; `visible` (rows or 1, 1, T, P + R) says which of all these each may see."""
         steps = torch.arange(ids.shape[1], device=self.device)
         positions = first_position[:, None] + steps                                                        # (rows, T)
         if self.has_3d_positions:
             positions = positions.expand(3, -1, -1)  # text has equal time, height and width
-        return self.hf.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
+        return self.hf.model(input_ids=ids, attention_mask=visible, position_ids=positions, use_cache=True,
                              **{self.cache_name: cache}).last_hidden_state
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
@@ -930,8 +930,8 @@ class Policy:
         stop = torch.tensor(sorted(self.stop_ids), device=self.device)
         with self.adapter(role), contextlib.ExitStack() as stack:
             prefill = self.prefill(self.with_features(prompts))
-            stack.enter_context(self.behind(prefill, -prefill.mask.shape[1] % 256 if self.compiled else 0))
-            decoder = Decoder(self, prefill, num_samples, max_new_tokens)
+            seen = stack.enter_context(self.behind(prefill, -prefill.mask.shape[1] % 256 if self.compiled else 0))
+            decoder = Decoder(self, seen, prefill.next_position, num_samples, max_new_tokens)
             hidden = prefill.hidden.repeat_interleave(num_samples, 0)
             live = torch.arange(rows, device=self.device)  # which completion each row of the decoder belongs to
             for t in range(max_new_tokens):
@@ -1000,8 +1000,10 @@ class Policy:
         prefill = self.prefill([prompt])
         hidden = prefill.hidden.expand(n, -1)[:, None]                                                      # (N, 1, d)
         if longest > 1:
-            with self.behind(prefill):
-                rest = self.extend(DynamicCache(), valid[:, :-1].int(), ids[:, :-1], prefill.next_position.expand(n))
+            with self.behind(prefill) as seen:
+                causal = valid.new_ones(longest - 1, longest - 1).tril()
+                visible = torch.cat([seen.expand(-1, -1, longest - 1, -1), causal[None, None]], dim=-1)
+                rest = self.extend(DynamicCache(), visible, ids[:, :-1], prefill.next_position.expand(n))
             hidden = torch.cat([hidden, rest], dim=1)                                                       # (N, R, d)
         return hidden[valid]
 
@@ -1023,22 +1025,23 @@ class Decoder:
     place and few sizes, so that a step is compiled once and replayed.
     """
 
-    def __init__(self, policy: Policy, prefill: Prefill, num_samples: int, max_new_tokens: int):
+    def __init__(self, policy: Policy, seen: torch.Tensor, first_position: torch.Tensor, num_samples: int,
+                 max_new_tokens: int):
         from transformers.cache_utils import Cache, StaticLayer
-        self.policy, self.num_prompts, self.filled = policy, len(prefill.mask), 0
+        self.policy, self.num_prompts, self.filled = policy, len(seen), seen.shape[-1]
         rows = self.num_prompts * num_samples
         cache = Cache(layers=[StaticLayer(max_cache_len=max_new_tokens) for _ in policy.attentions])
         self.cache = policy.static_caches.setdefault((rows, max_new_tokens), cache) if policy.compiled else cache
         self.cache.reset()
-        self.mask = prefill.mask.new_zeros(rows, max_new_tokens)
-        self.position = prefill.next_position.repeat_interleave(num_samples, 0)                             # (rows,)
+        self.visible = F.pad(seen, (0, max_new_tokens)).repeat_interleave(num_samples, 0)         # (rows, 1, 1, P + R)
+        self.position = first_position.repeat_interleave(num_samples, 0)                          # (rows,)
 
     def advance(self, tokens: torch.Tensor) -> torch.Tensor:
         """Appends one token a row, (rows, 1); returns the hidden states that predict the next ones, (rows, d)."""
-        self.mask[:, self.filled] = 1
+        self.visible[..., self.filled] = True
         self.filled += 1
         self.position = self.position + 1
-        return self.policy.decode(self.cache, self.mask, tokens, self.position - 1)[:, 0].clone()
+        return self.policy.decode(self.cache, self.visible, tokens, self.position - 1)[:, 0].clone()
 
     def drop(self, finished: torch.Tensor) -> torch.Tensor:
         """Drops finished rows, (rows,), as far as all prompts that go on keep as many; returns the rows that stay."""
@@ -1046,7 +1049,7 @@ class Decoder:
         prompts = running.any(dim=1).nonzero()[:, 0]
         first = running[prompts].int().argsort(dim=1, descending=True, stable=True)[:, :running.sum(dim=1).max()]
         rows = (prompts[:, None] * running.shape[1] + first).flatten()
-        self.num_prompts, self.mask, self.position = len(prompts), self.mask[rows], self.position[rows]
+        self.num_prompts, self.visible, self.position = len(prompts), self.visible[rows], self.position[rows]
         for attention, layer in zip(self.policy.attentions, self.cache.layers):
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
             attention.prefix = tuple(t[prompts] for t in attention.prefix)
@@ -1062,14 +1065,10 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling: 
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     if module.prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    keys, values, is_token = module.prefix                                    # (B, key heads, P, d_head), (B, 1, 1, P)
-    (rows, heads, t, width), (b, key_heads, p, _), r = query.shape, keys.shape, key.shape[2]
-    if attention_mask is None:  # plainly causal
-        attention_mask = torch.ones(1, 1, t, r, dtype=torch.bool, device=query.device).tril(r - t)
-    visible = torch.cat([is_token.repeat_interleave(rows // b, 0).expand(rows, 1, t, p),
-                         attention_mask.expand(rows, 1, t, r)], dim=-1)                         # (rows, 1, T, P + R)
-    if sliding_window and p + r > sliding_window:
-        place = torch.arange(p + r, device=query.device)
+    keys, values = module.prefix                                              # (B, key heads, P, d_head)
+    (rows, heads, t, width), (b, key_heads, p, _), visible = query.shape, keys.shape, attention_mask
+    if sliding_window and visible.shape[-1] > sliding_window:
+        place = torch.arange(visible.shape[-1], device=query.device)
         visible = visible & ((visible * place).amax(-1, keepdim=True) - place < sliding_window)
     if t > 1:  # scoring: with a copy a row, PyTorch's fused kernels keep no attention weights for the backward pass
         keys, values = (torch.cat([x.repeat_interleave(rows // b, 0), y], 2) for x, y in ((keys, key), (values, value)))
@@ -1080,7 +1079,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling: 
     ungroup = lambda x: x.unflatten(2, (rows // b, -1)).transpose(1, 2).flatten(0, 1)
     query = query.reshape(rows, key_heads, -1, width) * scaling               # (rows, key heads, g, d_head)
     scores = torch.cat([ungroup(group(query) @ keys.mT), query @ key.mT], dim=-1)               # (..., g, P + R)
-    weights = scores.masked_fill(~visible, -math.inf).float().softmax(dim=-1).to(value.dtype)
+    weights = torch.where(visible, scores, -math.inf).softmax(dim=-1, dtype=torch.float32).to(value.dtype)
     attended = ungroup(group(weights[..., :p]) @ values) + weights[..., p:] @ value
     return attended.reshape(rows, heads, t, width).transpose(1, 2), None
 
