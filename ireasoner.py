@@ -683,6 +683,7 @@ class Policy:
     def __init__(self, config: Config, backbone: tuple | None = None):
         """`backbone` is a (model, processor) to use instead of loading `config.model`."""
         self.config, self.device, self.clock = config, resolve_device(config.device), Clock()
+        self.role = None  # see `adapter`
         self.compiled, self.static_caches = config.compile == "yes", {}
         self.decode = torch.compile(self.extend, fullgraph=True, dynamic=False) if self.compiled else self.extend
         self.hf, self.processor = backbone or load_backbone(config, self.device)
@@ -722,8 +723,10 @@ class Policy:
         self.hf.name_or_path = str(folder) if folder.is_dir() else config.model
         self.peft = get_peft_model(self.hf, lora, adapter_name="solver").eval()  # LoRA is fp32, also over bf16
         self.peft.add_adapter("proposer", dataclasses.replace(lora))
-        self.lora_layers = [module for module in self.hf.modules() if isinstance(module, LoraLayer)]
-        self.dropouts = [m for layer in self.lora_layers for m in layer.modules() if isinstance(m, torch.nn.Dropout)]
+        for layer in [module for module in self.hf.modules() if isinstance(module, LoraLayer)]:
+            matrices = {role: (layer.lora_A[role].weight, layer.lora_B[role].weight) for role in ROLES}
+            layer.forward = functools.partial(self.adapted, layer.base_layer, matrices)
+        self.require_gradients()
 
     def share_prefixes(self):
         """Lets the language model attend by `shared_prefix_attention`."""
@@ -737,7 +740,7 @@ class Policy:
         for layer in layers:
             layer.self_attn.prefix = None
             if self.config.grad_checkpointing == "yes":
-                layer.mlp.forward = functools.partial(checkpointed, layer.mlp.forward)
+                layer.mlp.forward = functools.partial(self.checkpointed, layer.mlp.forward)
         if (self.device.type == "cpu" and self.hf.dtype == torch.float32 and torch.backends.mkldnn.is_available()
                 and torch.backends.cpu.get_cpu_capability() == "AVX512"
                 and not self.compiled):  # torch.compile does not take this operator
@@ -769,28 +772,42 @@ class Policy:
     # ---- adapters ---------------------------------------------------------------------------------------------------
 
     def parameters(self, role: str) -> list[torch.nn.Parameter]:
-        """The trainable parameters of a role: its LoRA matrices, picked by name, since PEFT switches requires_grad."""
+        """The trainable parameters of a role: its LoRA matrices."""
         return [p for name, p in self.hf.named_parameters() if f".{role}." in name]
+
+    def require_gradients(self):
+        """Of both roles; PEFT has it that only the adapter in use can be trained."""
+        for parameter in itertools.chain(*map(self.parameters, ROLES)):
+            parameter.requires_grad_(True)
 
     @contextlib.contextmanager
     def adapter(self, role: str | None):
-        """Runs the block as a role, or as the reference for None. Go backward inside the block or before the next
-        switch to another role: switching turns off the gradients of the role that is left."""
-        if role is None:  # as PEFT's `disable_adapter`, which also goes through all modules several times
-            enabled = [layer for layer in self.lora_layers if not layer.disable_adapters]
-            for layer in enabled:
-                layer.enable_adapters(False)
-            try:
-                yield
-            finally:
-                for layer in enabled:
-                    layer.enable_adapters(True)
-        else:
-            if self.peft.active_adapter != role:
-                self.peft.set_adapter(role)
-            for module in self.dropouts:
-                module.train(torch.is_grad_enabled())
+        """Runs the block as a role, or as the reference for None. To go backward, no role need be on."""
+        before, self.role = self.role, role
+        try:
             yield
+        finally:
+            self.role = before
+
+    def adapted(self, linear: torch.nn.Linear, matrices: dict, x: torch.Tensor) -> torch.Tensor:
+        """W x + (alpha / r) B A x as a role, W x as the reference: what a PEFT layer computes, without its checks, which
+        take longer than these small products."""
+        y, config = linear(x), self.config
+        if self.role is None:
+            return y
+        a, b = matrices[self.role]                          # (r, d_in), (d_out, r), in float32, also over bfloat16
+        x = x.to(a.dtype)
+        if config.lora_dropout and torch.is_grad_enabled():
+            x = F.dropout(x, config.lora_dropout)
+        return (y + F.linear(F.linear(x, a) * (config.lora_alpha / config.lora_r), b)).to(y.dtype)
+
+    def checkpointed(self, forward, hidden: torch.Tensor) -> torch.Tensor:
+        """Runs a layer's MLP and forgets what it computed: the backward pass does it again. (Whole layers cannot be run
+        twice here: each run would append to the prompt's cache.)"""
+        def as_role(hidden, role=self.role):
+            with self.adapter(role):
+                return forward(hidden)
+        return checkpoint(as_role, hidden, use_reentrant=False) if hidden.requires_grad else forward(hidden)
 
     def save(self, folder: Path):
         """Writes folder/solver and folder/proposer, plain PEFT adapter folders, with the backbone's own tokenizer and
@@ -1094,12 +1111,6 @@ def concatenate(values: list):
     return [concatenate(list(layer)) for layer in zip(*values)]
 
 
-def checkpointed(forward, hidden: torch.Tensor) -> torch.Tensor:
-    """Runs a layer's MLP and forgets what it computed: the backward pass does it again. (Whole layers cannot be run
-    twice here: each run would append to the prompt's cache.)"""
-    return checkpoint(forward, hidden, use_reentrant=False) if hidden.requires_grad else forward(hidden)
-
-
 class OneDNNLinear(torch.autograd.Function):
     """A frozen linear layer on a CPU with AVX-512, by oneDNN: PyTorch's usual library, Intel's MKL, takes twice as long
     on those of AMD. (Without AVX-512 MKL is the faster one.)"""
@@ -1251,12 +1262,12 @@ class RoleLoss(torch.nn.Module):
 
     def __init__(self, policy: Policy, role: str):
         super().__init__()
-        self.hf, self.policy, self.role = policy.hf, policy, role
+        self.policy, self.role, self.parameter_list = policy, role, torch.nn.ParameterList(policy.parameters(role))
 
     def forward(self, prompt: Prompt | None, completions, advantages, beta):
         """Sums over the rollouts of one image: the loss, and the KL per token for the log."""
         if prompt is None:  # this rank has nothing to learn from, yet takes part in the gradient average
-            zero = sum(p.sum() for p in self.policy.parameters(self.role)) * 0.0
+            zero = sum(p.sum() for p in self.parameter_list) * 0.0
             return zero, zero.detach()
         config = self.policy.config
         scores = self.policy.score(self.role, prompt, completions, config.temperature)
@@ -1274,9 +1285,7 @@ class Learner:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
         self.loss = RoleLoss(policy, role)
         if world_size() > 1:
-            with policy.adapter(role):  # DDP takes the parameters that require gradients now: this role's
-                self.loss = torch.nn.parallel.DistributedDataParallel(self.loss, broadcast_buffers=False,
-                                                                      init_sync=False)
+            self.loss = torch.nn.parallel.DistributedDataParallel(self.loss, broadcast_buffers=False, init_sync=False)
 
     def update(self, prompts: list[Prompt], completions: list[list[Completion]], rewards: list[list[float]]) -> dict:
         """One optimizer step over all rollouts of all ranks (Eq 7), then the baseline and beta (Eq 8).
@@ -1293,7 +1302,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         passes = gradient_passes(prompts, completions, rewards, config.score_tokens) or [(None, [], [])]
         kl_sum = 0.0
-        with self.policy.adapter(self.role), self.policy.clock.phase("gradient"):
+        with self.policy.clock.phase("gradient"):
             for i, (prompt, group, earned) in enumerate(passes):
                 last = i + 1 == len(passes)  # ranks exchange gradients once, in the last backward pass
                 with contextlib.nullcontext() if last or world_size() == 1 else self.loss.no_sync():
@@ -2077,7 +2086,6 @@ def make_dice_world(folder: Path, seed: int, world: str = "standard", num_images
         rows.append({"image": f"holdout/{i:04d}.png", "question": question, "answer": str(answer)})
     append_jsonl(folder / "holdout.jsonl", rows)
     policy = Policy(Config(device="cpu"), build_backbone(["\n".join(COLORS)] * 9, DICE_PHRASES, seed=seed))
-    policy.peft.disable_adapter_layers()
     teach(policy, warmup_steps, seed, world)
     for whole in (policy.peft.unload(), policy.processor):
         whole.save_pretrained(folder / ".model.part")
@@ -2642,7 +2650,7 @@ def naive_step(policy: Policy, learners: dict[str, Learner], images: list, promp
     """Seconds of the straightforward loop on the same work: every rollout is generated alone with its image, and scored
     by full forwards of its own, policy and reference, with the image encoded each time."""
     config, clock = policy.config, policy.clock
-    # plain layers, without `cpu_linear` and `checkpointed`, until the end of this step
+    # until the end of this step the layers are those of transformers and PEFT
     ours = {m: m.__dict__.pop("forward") for m in policy.hf.modules() if "forward" in m.__dict__}
     clock.lap()
     for image in images:
@@ -2653,12 +2661,13 @@ def naive_step(policy: Policy, learners: dict[str, Learner], images: list, promp
                               "mm_token_type_ids": (ids == policy.image_token_id).int()}
         for role, count, new in (("proposer", 1, config.max_new_tokens_proposer),
                                  ("solver", n, config.max_new_tokens_solver)):
+            policy.peft.set_adapter(role)
             for i in range(count):
-                with policy.adapter(role), torch.no_grad():
+                with torch.no_grad():
                     ids = policy.hf.generate(**inputs(prompt), do_sample=True, top_k=0, max_new_tokens=new,
                                              eos_token_id=-1, suppress_tokens=[policy.image_token_id])
-                with clock.phase(f"score {role}"), policy.adapter(role):
-                    with torch.no_grad(), policy.adapter(None):
+                with clock.phase(f"score {role}"):
+                    with torch.no_grad(), policy.peft.disable_adapter():
                         ref_logits = policy.hf(**inputs(ids), logits_to_keep=new + 1).logits[0, :-1]
                     logits = policy.hf(**inputs(ids), logits_to_keep=new + 1).logits[0, :-1]
                     logp, kl = token_statistics(logits, ref_logits, ids[0, -new:], torch.nn.Identity())
@@ -2670,6 +2679,7 @@ def naive_step(policy: Policy, learners: dict[str, Learner], images: list, promp
     seconds = clock.lap()
     for module, forward in ours.items():
         module.forward = forward
+    policy.require_gradients()
     return sum(seconds.values()) - seconds["score proposer"] * (1 - 1 / config.proposer_every)
 
 

@@ -3,9 +3,11 @@
 Each test of a fault of the authors' released code says in its docstring what the wrong version does.
 """
 import ast
+import contextlib
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -447,8 +449,7 @@ def test_swapping_the_image_changes_logprob_and_gradient(policy, role):
     results = []
     for prompt in (right, wrong):
         logprobs = torch.cat(policy.score(role, prompt, completions).logprobs)
-        with policy.adapter(role):
-            gradient = torch.autograd.grad(logprobs.sum(), policy.parameters(role))
+        gradient = torch.autograd.grad(logprobs.sum(), policy.parameters(role))
         results.append((logprobs.detach(), torch.cat([g.flatten() for g in gradient])))
     assert (results[0][0] - results[1][0]).abs().max() > 0.05
     assert F.cosine_similarity(results[0][1], results[1][1], dim=0) < 0.99
@@ -462,8 +463,7 @@ def test_shared_prefix_equals_plain_forward_with_gradients(policy, role):
     advantages = [0.5, -1.0, 0.3] * 3
     scores = [policy.score(role, *both) for both in zip(prompts, completions)]
     fast = ir.reinforce_loss([t for s in scores for t in s.logprobs], [t for s in scores for t in s.kl], advantages, 0.3)
-    with policy.adapter(role):
-        fast_gradients = torch.autograd.grad(fast, policy.parameters(role))
+    fast_gradients = torch.autograd.grad(fast, policy.parameters(role))
     slow = 0
     for (prompt, completion), advantage in zip([(p, c) for p, group in zip(prompts, completions) for c in group], advantages):
         with torch.no_grad():
@@ -471,8 +471,7 @@ def test_shared_prefix_equals_plain_forward_with_gradients(policy, role):
         own = torch.distributions.Categorical(logits=plain_logits(policy, role, prompt, completion))
         log_pi = own.log_prob(torch.tensor(completion.token_ids)).mean()
         slow = slow + (-advantage * log_pi + 0.3 * torch.distributions.kl_divergence(own, reference).mean()) / 9
-    with policy.adapter(role):
-        slow_gradients = torch.autograd.grad(slow, policy.parameters(role))
+    slow_gradients = torch.autograd.grad(slow, policy.parameters(role))
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
     for a, b in zip(fast_gradients, slow_gradients):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
@@ -499,7 +498,7 @@ def test_kl_is_zero_at_first_then_exact(world, policy, role):
 
 
 def test_the_reference_ends_with_its_block(policy):
-    """Also when it is asked for inside itself, or left by an error; and then the role learns as before."""
+    """Also when it is asked for inside itself, or left by an error."""
     prompt = policy.with_features([Prompt(image(1), "a")])
     hidden = lambda: policy.prefill(prompt).hidden
     with policy.adapter("solver"):
@@ -512,8 +511,28 @@ def test_the_reference_ends_with_its_block(policy):
         with pytest.raises(KeyError), policy.adapter(None):
             raise KeyError
         assert torch.equal(hidden(), own) and own.requires_grad
-    assert {p.requires_grad for p in policy.parameters("solver")} == {True}
-    assert {p.requires_grad for p in policy.parameters("proposer")} == {False}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_role_computes_what_peft_does(world, policy, dtype):
+    """Values and gradients of our forward of a LoRA layer against those of PEFT's layers, with its own switches."""
+    other = Policy(Config(model=str(world / "model"), dtype=dtype, lora_alpha=24))
+    other.hf.load_state_dict(policy.hf.state_dict())
+    inputs = {"input_ids": torch.tensor([other.tokenize("Step 1: red shows 3") * 5])}
+    results = []
+    for ours in (True, False):
+        for role in ("solver", "proposer", None):
+            if not ours:
+                for layer in other.hf.modules():
+                    layer.__dict__.pop("forward", None)
+                other.peft.set_adapter(role or "solver")
+            with other.adapter(role) if ours else contextlib.nullcontext() if role else other.peft.disable_adapter():
+                logits = other.hf(**inputs).logits
+            results.append([logits, *(torch.autograd.grad(logits.float().square().mean(), other.parameters(role)) if role else [])])
+    assert not any(torch.equal(a[0], b[0]) for a, b in itertools.combinations(results[:3], 2))
+    for ours, theirs in zip(results[:3], results[3:]):
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a - b).norm() <= (1e-5 if dtype == "float32" else 0.01) * b.norm()
 
 
 def test_stopping_is_scored_and_trained(policy):
@@ -523,8 +542,7 @@ def test_stopping_is_scored_and_trained(policy):
     assert completions and all(c.token_ids[-1] in policy.stop_ids for c in completions)
     assert not any(t in policy.stop_ids for c in completions for t in c.token_ids[:-1])
     last = policy.score("solver", prompt, completions).logprobs[0][-1]
-    with policy.adapter("solver"):
-        gradients = torch.autograd.grad(last, policy.parameters("solver"))
+    gradients = torch.autograd.grad(last, policy.parameters("solver"))
     assert sum(g.abs().sum() for g in gradients) > 0
     odd = Completion(policy.tokenize("r") + policy.tokenize("ed"), torch.zeros(0), "red", False)  # ids as sampled
     assert policy.tokenize("red") != odd.token_ids
@@ -673,7 +691,7 @@ def test_grad_checkpointing_saves_memory_and_changes_no_gradient(world, policy):
         note = lambda t: kept.setdefault(t.data_ptr(), t.nbytes) and t
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             loss = torch.cat(other.score("solver", prompt, completions).logprobs).sum()
-        with other.adapter("solver"):
+        with other.adapter("proposer"):  # what is computed again belongs to the role that it was computed for
             results.append((sum(kept.values()), torch.autograd.grad(loss, other.parameters("solver"))))
     assert results[1][0] < 0.75 * results[0][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
@@ -815,8 +833,7 @@ def test_other_families_sample_score_and_train(families, world, tmp_path, family
     other = policy.score("solver", Prompt(prompts[1].image, prompts[0].text), sampled[0])
     here = policy.score("solver", prompts[0], sampled[0])
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(other.logprobs, here.logprobs))
-    with policy.adapter("solver"):
-        sum(logp.mean() for logp in policy.score("solver", prompts[0], sampled[0]).logprobs).backward()
+    sum(logp.mean() for logp in policy.score("solver", prompts[0], sampled[0]).logprobs).backward()
     assert all(p.grad is not None and p.grad.any() for p in policy.parameters("solver"))
 
     run = ir.train(Config(**settings, data=str(world / "images"), output_dir=str(tmp_path), total_steps=1, proposer_every=1,
@@ -891,8 +908,7 @@ def test_one_optimizer_step_over_all_rollouts_with_one_baseline(policy, monkeypa
     scores = [policy.score("solver", *both) for both in zip(prompts, completions)]
     loss = ir.reinforce_loss([t for s in scores for t in s.logprobs], [t for s in scores for t in s.kl],
                              [r - sum(flat) / 12 for r in flat], learner.beta)
-    with policy.adapter("solver"):
-        expected = torch.autograd.grad(loss, learner.parameters)
+    expected = torch.autograd.grad(loss, learner.parameters)
     norm = math.sqrt(sum(float((g ** 2).sum()) for g in expected))
     steps, original = [], learner.optimizer.step
     monkeypatch.setattr(learner.optimizer, "step", lambda: (steps.append([p.grad.clone() for p in learner.parameters]), original()))
