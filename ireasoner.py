@@ -684,8 +684,8 @@ class Policy:
         """`backbone` is a (model, processor) to use instead of loading `config.model`."""
         self.config, self.device, self.clock = config, resolve_device(config.device), Clock()
         self.role = None  # see `adapter`
-        self.compiled, self.static_caches = config.compile == "yes", {}
-        self.decode = torch.compile(self.extend, fullgraph=True, dynamic=False) if self.compiled else self.extend
+        self.compiled = config.compile == "yes"
+        self.decode = torch.compile(self.extend, dynamic=True) if self.compiled else self.extend
         self.hf, self.processor = backbone or load_backbone(config, self.device)
         self.processor_files = [] if backbone else checkpoint_files(config.model, PROCESSOR_FILES)
         family, kinds = self.hf.config.model_type, (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
@@ -899,14 +899,13 @@ class Policy:
         return Prefill(cache, mask, last + 1, out.last_hidden_state[:, -1])
 
     @contextlib.contextmanager
-    def behind(self, prefill: Prefill, pad: int = 0):
+    def behind(self, prefill: Prefill):
         """Inside the block all tokens come behind the prompts: `shared_prefix_attention` sees their keys and values,
-        which are held once for all rows of a prompt. `pad` positions are added, for a round number of them. Gives
-        which positions may be seen, (B, 1, 1, P)."""
+        which are held once for all rows of a prompt. Gives which of them may be seen, (B, 1, 1, P)."""
         for attention, layer in zip(self.attentions, prefill.cache.layers):
-            attention.prefix = F.pad(layer.keys, (0, 0, pad, 0)), F.pad(layer.values, (0, 0, pad, 0))
+            attention.prefix = layer.keys, layer.values
         try:
-            yield F.pad(prefill.mask, (pad, 0))[:, None, None] > 0
+            yield prefill.mask[:, None, None] > 0
         finally:
             for attention in self.attentions:
                 attention.prefix = None
@@ -947,7 +946,7 @@ class Policy:
         stop = torch.tensor(sorted(self.stop_ids), device=self.device)
         with self.adapter(role), contextlib.ExitStack() as stack:
             prefill = self.prefill(self.with_features(prompts))
-            seen = stack.enter_context(self.behind(prefill, -prefill.mask.shape[1] % 256 if self.compiled else 0))
+            seen = stack.enter_context(self.behind(prefill))
             decoder = Decoder(self, seen, prefill.next_position, num_samples, max_new_tokens)
             hidden = prefill.hidden.repeat_interleave(num_samples, 0)
             live = torch.arange(rows, device=self.device)  # which completion each row of the decoder belongs to
@@ -1038,8 +1037,8 @@ class Decoder:
     """Continues prefilled prompts, N rows each, by a token at a time.
 
     The keys and values of the rows' own tokens go into tensors that hold the longest completion from the start, since
-    growing them by concatenation would copy all of them for every token. With `--compile` these tensors keep their
-    place and few sizes, so that a step is compiled once and replayed.
+    growing them by concatenation would copy all of them for every token. With `--compile` a step is compiled once, for
+    any number of prompts and any length of them; but one prompt, or one row of each, is a case of its own.
     """
 
     def __init__(self, policy: Policy, seen: torch.Tensor, first_position: torch.Tensor, num_samples: int,
@@ -1047,9 +1046,12 @@ class Decoder:
         from transformers.cache_utils import Cache, StaticLayer
         self.policy, self.num_prompts, self.filled = policy, len(seen), seen.shape[-1]
         rows = self.num_prompts * num_samples
-        cache = Cache(layers=[StaticLayer(max_cache_len=max_new_tokens) for _ in policy.attentions])
-        self.cache = policy.static_caches.setdefault((rows, max_new_tokens), cache) if policy.compiled else cache
-        self.cache.reset()
+        self.cache = Cache(layers=[StaticLayer(max_cache_len=max_new_tokens) for _ in policy.attentions])
+        for layer, attention in zip(self.cache.layers, policy.attentions):  # itself it would do this when compiled
+            layer.keys, layer.values = (x.new_zeros(rows, x.shape[1], max_new_tokens, x.shape[3])
+                                        for x in attention.prefix)
+            layer.device, layer.cumulative_length = policy.device, layer.cumulative_length.to(policy.device)
+            layer.is_initialized = True
         self.visible = F.pad(seen, (0, max_new_tokens)).repeat_interleave(num_samples, 0)         # (rows, 1, 1, P + R)
         self.position = first_position.repeat_interleave(num_samples, 0)                          # (rows,)
 
