@@ -1047,7 +1047,8 @@ class Decoder:
         self.policy, self.num_prompts, self.filled = policy, len(seen), seen.shape[-1]
         rows = self.num_prompts * num_samples
         self.cache = Cache(layers=[StaticLayer(max_cache_len=max_new_tokens) for _ in policy.attentions])
-        for layer, attention in zip(self.cache.layers, policy.attentions):  # itself it would do this when compiled
+        for layer, attention in zip(self.cache.layers, policy.attentions):  # as it would itself, but as part of
+            # the first step, which would have to be compiled for that
             layer.keys, layer.values = (x.new_zeros(rows, x.shape[1], max_new_tokens, x.shape[3])
                                         for x in attention.prefix)
             layer.device, layer.cumulative_length = policy.device, layer.cumulative_length.to(policy.device)
@@ -1060,7 +1061,7 @@ class Decoder:
         self.visible[..., self.filled] = True
         self.filled += 1
         self.position = self.position + 1
-        return self.policy.decode(self.cache, self.visible, tokens, self.position - 1)[:, 0].clone()
+        return self.policy.decode(self.cache, self.visible, tokens, self.position - 1)[:, 0]
 
     def drop(self, finished: torch.Tensor) -> torch.Tensor:
         """Drops finished rows, (rows,), as far as all prompts that go on keep as many; returns the rows that stay."""

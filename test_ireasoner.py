@@ -532,7 +532,8 @@ def test_a_role_computes_what_peft_does(world, policy, dtype):
     assert not any(torch.equal(a[0], b[0]) for a, b in itertools.combinations(results[:3], 2))
     for ours, theirs in zip(results[:3], results[3:]):
         for a, b in zip(ours, theirs, strict=True):
-            assert (a - b).norm() <= (1e-5 if dtype == "float32" else 0.01) * b.norm()
+            # bfloat16 rounds by 2^-9 = 0.2 %, at each of some twenty places on the way to a gradient
+            assert (a - b).float().norm() <= (1e-5 if dtype == "float32" else 0.03) * b.float().norm()
 
 
 def test_stopping_is_scored_and_trained(policy):
