@@ -153,7 +153,7 @@ class Config:
     score_tokens: int = setting(3072, "tokens in a gradient pass; lower it if memory runs out [ours]", "[1, inf)", True)
     grad_checkpointing: str = setting("no", "yes: the backward pass computes MLP activations again; saves most of "
                                       "their memory [ours]", ("no", "yes"), True)
-    compile: str = setting("no", "yes: compile the decoding step; pays on GPUs [ours]", ("no", "yes"), True)
+    compile: str = setting("no", "yes: compile the decoding step, for GPUs [ours]", ("no", "yes"), True)
     seed: int = setting(0, "of adapters, data order and sampling [ours]", "[0, inf)")
     save_every: int = setting(50, "steps between checkpoints [ours]", "[1, inf)", True)
     keep_checkpoints: int = setting(3, "newest checkpoints kept [ours]", "[1, inf)", True)
