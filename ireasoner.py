@@ -790,8 +790,8 @@ class Policy:
             self.role = before
 
     def adapted(self, linear: torch.nn.Linear, matrices: dict, x: torch.Tensor) -> torch.Tensor:
-        """W x + (alpha / r) B A x as a role, W x as the reference: what a PEFT layer computes, without its checks, which
-        take longer than these small products."""
+        """W x + (alpha / r) B A x as a role, W x as the reference: what a PEFT layer computes, without the checks that
+        take longer than products as small as these. (..., d_in) -> (..., d_out)."""
         y, config = linear(x), self.config
         if self.role is None:
             return y
