@@ -6,6 +6,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -17,6 +18,7 @@ import signal
 import string
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -383,7 +385,9 @@ def world(tmp_path_factory):
     """A small dice world whose seed model knows the format of both roles, and little else."""
     folder = tmp_path_factory.mktemp("worlds") / "world"
     ir.quiet_libraries()
-    ir.make_dice_world(folder, seed=0, num_images=24, num_questions=12, warmup_steps=80)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ir, "teach", functools.partial(ir.teach, batch_size=32))
+        ir.make_dice_world(folder, seed=0, num_images=24, num_questions=12, warmup_steps=130)
     return folder
 
 
@@ -670,8 +674,10 @@ def test_frozen_layers_on_the_cpu_equal_pytorchs(policy, bias):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_decoding_gives_the_same_tokens(world, policy):
-    """From one graph for any number and length of prompts and rollouts: PyTorch gives up on a function after eight graphs."""
+def test_compiled_decoding_gives_the_same_tokens(world, policy, monkeypatch):
+    """From one graph for any number and length of prompts and rollouts: PyTorch gives up on a function after eight graphs.
+    The graph is run without generating code from it, which takes a C++ compiler a minute, and is PyTorch's business."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     compiled = Policy(Config(model=str(world / "model"), compile="yes"))
     compiled.hf.load_state_dict(policy.hf.state_dict())
     torch._dynamo.reset()
@@ -1409,26 +1415,28 @@ def test_trl_trains_with_the_example(tmp_path):
     assert any("rewards/agreement_reward/mean" in row for row in trainer.state.log_history)
 
 
-def test_readme_example_of_another_reward(world, tmp_path):
+def test_readme_example_of_another_reward(world, tmp_path, monkeypatch):
     code = readme_examples()[2]
-    long_answers = code.replace("<= 3", "<= 0")  # then every answer is too long
     settings = [part for name, value in train_settings(world, tmp_path / "runs", total_steps=1).items() for part in (f"--{name}", value)]
     assert ir.main(list(map(str, [*settings, "--run_name", "paper"]))) == 0
-    for name, example in (("short", code), ("long", long_answers)):
-        done = run_in(tmp_path / name, example, *settings, "--run_name", name)
-        assert done.returncode == 0, done.stderr
+    done = run_in(tmp_path / "short", code, *settings, "--run_name", "short")
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(ir, "group_rewards", ir.group_rewards)  # to be put back
+    exec(code.replace("<= 3", "<= 0"), {"__name__": "example"})  # every answer is too long
+    assert ir.main(list(map(str, [*settings, "--run_name", "long"]))) == 0
     r_sol = {name: metrics(tmp_path / "runs" / name)[0]["r_sol"] for name in ("paper", "short", "long")}
     assert r_sol["paper"] == r_sol["short"] > r_sol["long"] == 0
 
 
-def test_the_file_trains_without_its_tools(world, tmp_path):
+def test_the_file_trains_without_its_tools(world, tmp_path, monkeypatch):
     """Cut off where it says that the paper ends, nothing is missing."""
     paper, tools = Path(ir.__file__).read_text().split("# ==== The paper ends here.")
     assert "def train(" in paper and "def main(" in tools
-    (tmp_path / "paper.py").write_text(paper)
-    settings = {**train_settings(world, tmp_path / "runs", total_steps=1), "proposer_every": 1}
-    done = run_in(tmp_path, f"import paper\npaper.train(paper.Config(**{settings!r}))\n")
-    assert done.returncode == 0 and (tmp_path / "runs" / "run" / "step_000001").is_dir(), done.stderr
+    module = types.ModuleType("paper")
+    monkeypatch.setitem(sys.modules, "paper", module)
+    exec(compile(paper, "paper.py", "exec"), module.__dict__)
+    run = module.train(module.Config(**train_settings(world, tmp_path / "runs", total_steps=1, proposer_every=1)))
+    assert ir.list_checkpoints(run) == [run / "step_000001"]
 
 
 # ---- Command line --------------------------------------------------------------------------------------------------------
@@ -1450,8 +1458,7 @@ def test_train_eval_and_ask_through_torchrun_and_the_command_line(world, tmp_pat
     assert ir.main([*flags, "--resume"]) == 0
     step = tmp_path / "runs" / "run" / "step_000002"
     model = ["--model", str(world / "model"), "--max_new_tokens_solver", "40"]
-    result = run_cli("eval", world / "holdout.jsonl", *model, "--adapter", step, "--json", tmp_path / "out.json", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    assert ir.main(["eval", str(world / "holdout.jsonl"), *model, "--adapter", str(step), "--json", "out.json"]) == 0
     assert len(list(ir.read_jsonl(tmp_path / "predictions.jsonl"))) == 12
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["n"] == 12 and set(report) == {"n", "mean_at_n", "maj_at_n", "greedy", "ci95"}
@@ -1557,34 +1564,33 @@ def test_resume_continues_the_images_on_another_batch_size(world, straight_run, 
     assert len(seen) == 3 * 4 + 2 * 6 == len(set(seen))
 
 
-@pytest.mark.parametrize("ranks, number", [(1, "SIGINT"), (2, "SIGTERM")])
-def test_a_signal_saves_and_resume_is_bit_identical(world, straight_run, tmp_path, ranks, number):
-    """One rank gets the signal in the middle of step 2: all ranks finish the step, save it and exit."""
-    settings = train_settings(world, tmp_path, images_per_rank=4 // ranks)
-    output = torchrun(ranks, settings, check=False, patch=f"""
+def test_a_signal_to_one_rank_saves_and_resumes(world, straight_run, tmp_path):
+    """One rank gets the signal in the middle of step 2: all ranks finish the step, save it and exit. One process goes on."""
+    settings = train_settings(world, tmp_path, images_per_rank=2)
+    output = torchrun(2, settings, check=False, patch="""
 solve = ir.solve
 def interrupted(policy, episodes, step):
-    if step == 2 and ir.rank() == {ranks - 1}:
-        os.kill(os.getpid(), signal.{number})
+    if step == 2 and ir.rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
     return solve(policy, episodes, step)
 ir.solve = interrupted""")
     assert output.count("stopped by a signal after step 2, which is saved") == 1, output
     assert [p.name for p in ir.list_checkpoints(tmp_path / "run")] == ["step_000002"]
     ir.train(Config(**{**settings, "images_per_rank": 4, "resume": "auto"}))
-    if ranks == 1:
-        assert metrics(tmp_path / "run") == metrics(straight_run)
-    else:
-        assert_same_run(straight_run, tmp_path / "run", 6)
+    assert_same_run(straight_run, tmp_path / "run", 6)
 
 
-def test_a_signal_without_torchrun_exits_with_its_status_and_the_third_one_kills(world, tmp_path, monkeypatch, capsys):
-    solve, killed = ir.solve, []
+def test_a_signal_exits_with_its_status_and_the_third_one_kills(world, straight_run, tmp_path, monkeypatch, capsys):
+    """Without torchrun; resumed, the run is bit for bit an undisturbed one."""
+    solve, killed, settings = ir.solve, [], train_settings(world, tmp_path)
     def interrupted(policy, episodes, step):
         os.kill(os.getpid(), signal.SIGINT)
         return solve(policy, episodes, step)
     monkeypatch.setattr(ir, "solve", interrupted)
-    assert ir.main([f"--{k}={v}" for k, v in train_settings(world, tmp_path).items()]) == 130
+    assert ir.main([f"--{k}={v}" for k, v in settings.items()]) == 130
     assert "after step 1, which is saved" in capsys.readouterr().err
+    monkeypatch.setattr(ir, "solve", solve)
+    assert metrics(ir.train(Config(**settings, resume="auto"))) == metrics(straight_run)
     monkeypatch.setattr(os, "_exit", killed.append)
     with ir.stop_signals() as caught:
         for _ in range(3):
@@ -1593,13 +1599,12 @@ def test_a_signal_without_torchrun_exits_with_its_status_and_the_third_one_kills
 
 
 def test_killed_ranks_are_restarted_and_nothing_changes(world, straight_run, tmp_path):
-    """kill -9 of one rank at four points, in the middle of a checkpoint too: torchrun starts all ranks again, each time from
+    """kill -9 of one rank at three points, in the middle of a checkpoint too: torchrun starts all ranks again, each time from
     the newest complete checkpoint, and the result is bit for bit that of an undisturbed run."""
     patch = """
 import pathlib
 if int(os.environ["RANK"]) == 1:
-    propose, solve = ir.propose, ir.solve
-    ir.propose = lambda policy, stream, step, first: (die("propose", step), propose(policy, stream, step, first))[1]
+    solve = ir.solve
     ir.solve = lambda policy, episodes, step: (die("solve", step), solve(policy, episodes, step))[1]
 rename = os.rename
 def renamed(old, new):
@@ -1608,7 +1613,7 @@ def renamed(old, new):
 os.rename = renamed
 def die(what, when):
     marker = pathlib.Path({folder!r}) / f"{{what}}_{{when}}"
-    if (what, when) in [("propose", 1), ("solve", 3), ("save", "step_000004"), ("save", "step_000006")] and not marker.exists():
+    if (what, when) in [("solve", 1), ("save", "step_000004"), ("solve", 6)] and not marker.exists():
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -1617,7 +1622,7 @@ def die(what, when):
         settings = train_settings(world, tmp_path / name, images_per_rank=2, save_every=1, show_every=0)
         output = torchrun(2, settings, patch=broken, restarts=5)
         runs[name] = tmp_path / name / "run"
-    assert len(list(tmp_path.glob("*_*"))) == 4, output  # each of the deaths took place
+    assert len(list(tmp_path.glob("*_*"))) == 3, output  # each of the deaths took place
     assert metrics(runs["chaos"]) == metrics(runs["calm"])
     assert (runs["chaos"] / "rollouts.jsonl").read_text() == (runs["calm"] / "rollouts.jsonl").read_text()
     calm, chaos = (adapters(runs[name] / "step_000006") for name in ("calm", "chaos"))
