@@ -1130,7 +1130,7 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 def cpu_linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """The forward of a linear layer of the language model, be it frozen or, as an adapter's, trained."""
+    """The forward of a linear layer of the language model, be it frozen or, as in the dice world's warm-up, trained."""
     return (F.linear if layer.weight.requires_grad else OneDNNLinear.apply)(x, layer.weight, layer.bias)
 
 
