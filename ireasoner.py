@@ -1037,8 +1037,8 @@ class Decoder:
     """Continues prefilled prompts, N rows each, by a token at a time.
 
     The keys and values of the rows' own tokens go into tensors that hold the longest completion from the start, since
-    growing them by concatenation would copy all of them for every token. With `--compile` a step is compiled once, for
-    any number of prompts and any length of them; but one prompt, or one row of each, is a case of its own.
+    growing them by concatenation would copy all of them for every token. With `--compile` a step is compiled once a
+    role, for any number of prompts and any length of them; but one prompt, or one row of each, is a case of its own.
     """
 
     def __init__(self, policy: Policy, seen: torch.Tensor, first_position: torch.Tensor, num_samples: int,
@@ -1047,8 +1047,8 @@ class Decoder:
         self.policy, self.num_prompts, self.filled = policy, len(seen), seen.shape[-1]
         rows = self.num_prompts * num_samples
         self.cache = Cache(layers=[StaticLayer(max_cache_len=max_new_tokens) for _ in policy.attentions])
-        for layer, attention in zip(self.cache.layers, policy.attentions):  # as it would itself, but as part of
-            # the first step, which would have to be compiled for that
+        # as the layers would do in the first step, which would then have to be compiled apart from the others
+        for layer, attention in zip(self.cache.layers, policy.attentions):
             layer.keys, layer.values = (x.new_zeros(rows, x.shape[1], max_new_tokens, x.shape[3])
                                         for x in attention.prefix)
             layer.device, layer.cumulative_length = policy.device, layer.cumulative_length.to(policy.device)
@@ -1265,7 +1265,8 @@ class RoleLoss(torch.nn.Module):
 
     def __init__(self, policy: Policy, role: str):
         super().__init__()
-        self.policy, self.role, self.parameter_list = policy, role, torch.nn.ParameterList(policy.parameters(role))
+        self.policy, self.role = policy, role
+        self.parameter_list = torch.nn.ParameterList(policy.parameters(role))  # those that ranks keep equal
 
     def forward(self, prompt: Prompt | None, completions, advantages, beta):
         """Sums over the rollouts of one image: the loss, and the KL per token for the log."""

@@ -673,7 +673,6 @@ def test_frozen_layers_on_the_cpu_equal_pytorchs(policy, bias):
     assert (getattr(taken, "func", None) is ir.cpu_linear) == (torch.backends.cpu.get_cpu_capability() == "AVX512")
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_decoding_gives_the_same_tokens(world, policy, monkeypatch):
     """From one graph for any number and length of prompts and rollouts: PyTorch gives up on a function after eight graphs.
     The graph is run without generating code from it, which takes a C++ compiler a minute, and is PyTorch's business."""
