@@ -1476,7 +1476,7 @@ def load_questions(file: str) -> list[dict]:
 
 def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: float | None = None,
              batch_size: int = 32) -> tuple[dict, list[dict]]:
-    """Accuracy on labelled questions: ({n, mean_at_n, maj_at_n, greedy, ci95}, the rows with "texts", "votes" and
+    """Accuracy on labeled questions: ({n, mean_at_n, maj_at_n, greedy, ci95}, the rows with "texts", "votes" and
     "right" of N sampled rollouts and, last, of greedy decoding).
     The shares are those of right answers among the sampled rollouts, by their majority vote, and by greedy decoding.
     "ci95" has Wilson's 95 % interval of each, which is conservative for mean@N, whose questions vary less."""

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import doctest
+import fcntl
 import functools
 import inspect
 import json
@@ -16,12 +17,14 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -163,6 +166,7 @@ def build_backbone(phrases: list[str] = (), text: dict = {}, vision: dict = {}, 
 def save_backbone(model, tokenizer, images, folder: Path):
     """A checkpoint folder as on the Hugging Face Hub, which transformers 4.57 reads too: what version 5 renamed or
     would write in another form gets its old name."""
+    transformers.logging.disable_progress_bar()
     for part in (model, tokenizer, images):
         part.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -248,69 +252,74 @@ def teach(model, tokenizer, image_processor, seed: int, facts: dict, steps: int 
 DEMO = {"total_steps": 120, "lr": 1e-3, "kl_coef": 0.02, "kl_coef_min": 0.01, "kl_coef_max": 1.0, "advantage": "group",
         "max_new_tokens_proposer": 24, "max_new_tokens_solver": 64, "show_every": 60, "device": "cpu"}
 
-COLUMNS = {"mean_at_n": "mean@5", "maj_at_n": "maj@5", "greedy": "greedy", "trace_mean_at_n": "mean@5",
+COLUMNS = {"mean_at_n": "mean@N", "maj_at_n": "maj@N", "greedy": "greedy", "trace_mean_at_n": "mean@N",
            "trace_greedy": "greedy", "wrong_reason": "unsound"}
 
-def judged(policy: Policy, role: str | None, questions: list[dict], name: str, temperature: float = 1.0) -> dict:
-    """What `ireasoner.py eval` says of a policy, and what the verifier says of its traces; printed as a line."""
+def judge(policy: Policy, role: str | None, questions: list[dict], name: str, temperature: float = 1.0):
+    """What `ireasoner.py eval` says of a policy and what the verifier says of its traces, printed as a line; and the
+    texts, of which greedy decoding is the last."""
     result, rows = ir.evaluate(policy, role, questions, temperature)
-    sound = [[is_sound(text, row["dice"], row["colors"]) for text in row["texts"]] for row in rows]  # greedy comes last
-    right, both = (sum(sum(x[:-1]) for x in shares) for shares in ([row["right"] for row in rows], sound))
-    result |= {"trace_mean_at_n": statistics.fmean(statistics.fmean(x[:-1]) for x in sound),
-               "trace_greedy": statistics.fmean(x[-1] for x in sound), "wrong_reason": 1 - both / max(right, 1)}
+    for row in rows:
+        row["sound"] = [is_sound(text, row["dice"], row["colors"]) for text in row["texts"]]
+    right, sound = (sum(sum(row[key][:-1]) for row in rows) for key in ("right", "sound"))
+    result |= {"trace_mean_at_n": statistics.fmean(statistics.fmean(row["sound"][:-1]) for row in rows),
+               "trace_greedy": statistics.fmean(row["sound"][-1] for row in rows),
+               "wrong_reason": 1 - sound / max(right, 1)}
     ir.say(f"{name:<29}" + "".join(f"{result[key]:9.3f}" for key in COLUMNS))
-    return result
+    return result, rows
 
 def demo(config: Config, cancel: float, json_file: str):
     """The dice world from nothing to a result, on real files, by the same `train` and `evaluate` as everywhere."""
-    start, world_size = time.perf_counter(), int(os.environ.get("WORLD_SIZE", 1))
+    start, lives = time.perf_counter(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     torch.set_num_threads(1)  # at this size more threads only wait for each other
-    config = Config(**{**DEMO, "images_per_rank": max(1, 16 // world_size), **config.given})
     if not 0 <= cancel <= 1:
         raise UserError(f"--cancel {cancel}: must be from 0 to 1")
     ir.check_outputs([], {"--json": json_file})
+    config = Config(**{**DEMO, "images_per_rank": max(1, 16 // int(os.environ.get("WORLD_SIZE", 1))), **config.given})
     taught = ir.derive_seed(ir.proposer_prompt(), ir.solver_prompt("")) % 16**6  # an edited prompt is taught anew
     world = Path(config.output_dir) / f"dice_world_seed{config.seed}_cancel{cancel:g}_{taught:06x}"
-    name = f"demo_{config.preset}_{config.advantage}_seed{config.seed}_cancel{cancel:g}"
-    config = Config(**{**DEMO, "images_per_rank": config.images_per_rank, "run_name": name, **config.given,
-                       "model": str(world / "model"), "data": str(world / "images")})
+    config.model, config.data, own_name = str(world / "model"), (str(world / "images"),), config.run_name
+    config.run_name = own_name or f"demo_{config.preset}_{config.advantage}_seed{config.seed}_cancel{cancel:g}"
+    run = Path(config.output_dir, config.run_name)
     ir.join_ranks(ir.resolve_device(config.device))
     ir.say("1. The dice world")
     if ir.rank() == 0 and not world.exists():
-        ir.say(f"Making {world}: unlabeled pictures of dice, labelled questions to test on,\n"
-               "   and a seed model that is taught to see well and to add badly")
+        ir.say(f"Making {world}: unlabeled pictures of dice, labeled questions to test on,\n"
+               "and a seed model that is taught to see well and to add badly")
         make_dice_world(world, config.seed, cancel)
-    if ir.rank() == 0 and not config.resume and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        with ir.blame(f"{config.output_dir}/{config.run_name}: cannot be made anew"):
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(Path(config.output_dir, config.run_name))  # an earlier demo's
-    ir.all_sum(0)  # the other ranks wait for rank 0
-    questions = ir.load_questions(str(world / "holdout.jsonl"))
+    if ir.rank() == 0 and (run / ".lock").exists() and not (own_name or config.resume or lives):
+        with ir.blame(f"{run}: another demo is running there"), open(run / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(run)  # an earlier demo's
+    ir.gather(None)  # the other ranks wait for rank 0
+    questions, policy = ir.load_questions(str(world / "holdout.jsonl")), Policy(config)
 
     ir.say(f"\n2. The seed model on {len(questions)} test questions. A trace is sound if every reading, sum and conclusion in "
            f"it is true.\n{'':<29}  share of right answers       of sound traces   of right answers\n{'':<29}"
            + "".join(f"{head:>9}" for head in COLUMNS.values()))
-    policy = Policy(config)
-    before, *colder = [judged(policy, None, questions, f"seed model, temperature {t}", t) for t in (1.0, 0.7, 0.5, 0.3)]
-    controls = dict(zip(("0.7", "0.5", "0.3"), colder))
+    (before, old), *colder = [judge(policy, None, questions, f"seed model, temperature {t}", t) for t in (1.0, 0.7, 0.5, 0.3)]
 
-    ir.say(f"\n3. Self-evolution on the unlabeled pictures: the only reward is agreement. Advantage: {config.advantage}"
-           + " (r minus the group's mean,\n   over its spread; the paper's is --advantage ema)" * (config.advantage == "group"))
-    run = ir.train(config)
+    ir.say(f"\n3. Self-evolution on the unlabeled pictures: the only reward is agreement. --advantage {config.advantage}"
+           + ": r minus the group's\nmean, over its spread (the paper's is ema)" * (config.advantage == "group"))
+    ir.train(config)
     policy.load("solver", ir.list_checkpoints(run)[-1] / "solver")
 
     ir.say("\n4. The same test questions after self-evolution")
-    after = judged(policy, "solver", questions, "after self-evolution")
+    after, new = judge(policy, "solver", questions, "after self-evolution")
+    for was, now in [(was, now) for was, now in zip(old, new) if was["right"][-1] > was["sound"][-1] < now["sound"][-1]][:1]:
+        ir.say(f"Right for the wrong reason, then for the right one: {was['image']}: {was['question']}")
+        for row in (was, now):
+            ir.say("   " + " | ".join([*ir.parse_rollout(row["texts"][-1]).steps, row["votes"][-1]]))
     truth = {row["image"]: row["dice"] for row in ir.read_jsonl(world / "truth.jsonl")}
     rows = [row for row in ir.read_jsonl(run / "rollouts.jsonl") if row["question"]]
-    ill_posed = [statistics.fmean([is_ill_posed(row["question"], truth[f"images/{Path(row['image']).name}"])
-                                   for row in rows if first < row["step"] <= first + 20] or [0.0])
-                 for first in (0, config.total_steps - 20)]
-    kl = statistics.fmean([row["kl_solver"] for row in ir.read_jsonl(run / "metrics.jsonl")
-                           if row["step"] > config.total_steps - 20 and row.get("kl_solver") is not None] or [math.nan])
+    first, last = ([is_ill_posed(row["question"], truth[f"images/{Path(row['image']).name}"]) for row in rows
+                    if since < row["step"] <= since + 20] for since in (0, config.total_steps - 20))
+    kls = [row["kl_solver"] for row in ir.read_jsonl(run / "metrics.jsonl") if "kl_solver" in row][-20:]
     result = {"preset": config.preset, "advantage": config.advantage, "cancel": cancel, "seed": config.seed,
-              "seconds": round(time.perf_counter() - start, 1), "before": before, "after": after, "controls": controls,
-              "kl": kl, "ill_posed_first": ill_posed[0], "ill_posed_last": ill_posed[1]}
+              "seconds": round(time.perf_counter() - start, 1), "before": before, "after": after,
+              "controls": {t: control for t, (control, _) in zip(("0.7", "0.5", "0.3"), colder)},
+              "kl": statistics.fmean(kls or [0.0]), "ill_posed_first": statistics.fmean(first or [0.0]),
+              "ill_posed_last": statistics.fmean(last or [0.0])}
     ir.say("\n" + closing_words(result))
     ir.write_json(json_file, result)
 
@@ -321,13 +330,13 @@ def closing_words(result: dict) -> str:
     answers, traces = (after[key] - before[key] for key in ("mean_at_n", "trace_mean_at_n"))
     verb = lambda gain: "rose" if gain > 0.01 else "fell" if gain < -0.01 else "stayed near where they were"
     beyond = after["trace_mean_at_n"] > max(coldest, before["trace_mean_at_n"]) + 0.01
-    return (f"In {result['seconds']:.0f} seconds, without a single label: right answers {verb(answers)} "
-            f"({before['mean_at_n']:.0%} -> {after['mean_at_n']:.0%}), sound traces {verb(traces)} "
-            f"({before['trace_mean_at_n']:.0%} -> {after['trace_mean_at_n']:.0%};\ngreedy {before['trace_greedy']:.0%} -> "
-            f"{after['trace_greedy']:.0%}). A lower temperature alone reaches {coldest:.0%}, so "
-            + ("agreement taught more than sharpening would.\n" if beyond else "this run shows no more than sharpening.\n")
-            + f"Of the right answers {before['wrong_reason']:.0%} stood on an unsound trace before and "
-            f"{after['wrong_reason']:.0%} do now. The Proposer's ill-posed questions (a color\ntwice, or not in the "
+    return (f"In {result['seconds']:.0f} seconds and without a single label, right answers {verb(answers)} "
+            f"({before['mean_at_n']:.0%} -> {after['mean_at_n']:.0%}) and sound traces {verb(traces)}\n"
+            f"({before['trace_mean_at_n']:.0%} -> {after['trace_mean_at_n']:.0%}; greedy {before['trace_greedy']:.0%} -> "
+            f"{after['trace_greedy']:.0%}). A lower temperature alone brings {coldest:.0%} sound traces, so "
+            + ("agreement taught\nmore than sharpening would. " if beyond else "this run\nshows no more than sharpening. ")
+            + f"Of the right answers {before['wrong_reason']:.0%} had an unsound trace before and "
+            f"{after['wrong_reason']:.0%} have one now.\nThe Proposer's ill-posed questions (a color twice, or not in the "
             f"picture) went from {result['ill_posed_first']:.0%} to {result['ill_posed_last']:.0%}: disagreement pays it.")
 
 
@@ -387,7 +396,7 @@ SIZES = {  # text model, vision tower, image size; tokens of the prompt, of a qu
            QWEN_VISION, (1008, 784), (1130, 128, 256))}
 
 def bench(argv: list[str]):
-    """`python test_ireasoner.py bench`: a Proposer update counts with its share of the steps."""
+    """`python test_ireasoner.py bench`: seconds per step. A Proposer update counts with its share of the steps."""
     parser = argparse.ArgumentParser(prog="test_ireasoner.py bench", description=bench.__doc__)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--compare", action="store_true", help="also time the plain loop, in turn")
@@ -396,58 +405,54 @@ def bench(argv: list[str]):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args(argv)
     text, vision, image_size, (prompt_tokens, question, solution) = SIZES[args.size]
-    device, n = ir.resolve_device("auto"), args.num_rollouts
-    gpu, clock = device.type == "cuda", {}
+    device, n, clock, weight = ir.resolve_device("auto"), args.num_rollouts, Counter(), [1.0]
+    gpu, n_images = device.type == "cuda", args.images
     shapes = {"text": text, "vision": vision, "device": device, "dtype": torch.bfloat16 if gpu else torch.float32}
     policy = Policy(Config(num_rollouts=n, score_rollouts=n), build_backbone(**shapes))
     policy.stop_ids = set()  # nothing ends a rollout early
     learners = {role: ir.Learner(policy, role) for role in ir.ROLES}
-    images = [Image.effect_noise(image_size, 100).convert("RGB") for _ in range(args.images)]
+    images = [Image.effect_noise(image_size, 100).convert("RGB") for _ in range(n_images)]
     filler = "x" * max(prompt_tokens - len(policy.prompt_ids(policy.encode_prompts([Prompt(images[0], "")])[0])), 1)
     prompts = [Prompt(image, filler) for image in images]  # a byte is a token
 
-    def timed(name, function):
-        """The function, adding the seconds it takes to clock[name()]."""
-        def call(*args, **kwargs):
-            torch.cuda.synchronize() if gpu else None
-            start, phase = time.perf_counter(), name()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                torch.cuda.synchronize() if gpu else None
-                clock[phase] = clock.get(phase, 0.0) + time.perf_counter() - start
-        return call
+    def timed(phase, function, *arguments):
+        """Calls the function and adds the seconds that it takes to a phase."""
+        torch.cuda.synchronize() if gpu else None
+        start = time.perf_counter()
+        result = function(*arguments)
+        torch.cuda.synchronize() if gpu else None
+        clock[phase() if callable(phase) else phase] += weight[0] * (time.perf_counter() - start)
+        return result
 
-    policy.completion_hidden = timed(lambda: "reference" if policy.role is None else "gradient", policy.completion_hidden)
+    policy.completion_hidden = functools.partial(
+        timed, lambda: "gradient" if policy.role else "reference", policy.completion_hidden)
     for learner in learners.values():
-        learner.optimizer.step = timed(lambda: "optimizer", learner.optimizer.step)
-        learner.update = timed(lambda: "update", learner.update)
+        learner.optimizer.step = functools.partial(timed, "optimizer", learner.optimizer.step)
 
-    def our_step(step) -> tuple[dict, float]:
-        """Seconds by phase, a Proposer update counting with its share of the steps; and those of the Solver alone."""
+    def our_step(step: int) -> tuple[dict, float]:
+        """Seconds by phase, and those of the Solver's sampling and update alone."""
         clock.clear()
-        encoded = timed(lambda: "propose", policy.encode_prompts)(prompts)
-        proposals = timed(lambda: "propose", policy.sample)("proposer", encoded, 1, question, 1.0, 2 * step)
-        rollouts = timed(lambda: "solve", policy.sample)("solver", encoded, n, solution, 1.0, 2 * step + 1)
-        learners["solver"].update(encoded, rollouts, [[float(i % 2) for i in range(n)] for _ in prompts])
-        solver = dict(clock)
-        learners["proposer"].update(encoded, proposals, [[float(i % 2)] for i in range(len(prompts))])
-        share = {k: solver.get(k, 0.0) + (v - solver.get(k, 0.0)) / policy.config.proposer_every for k, v in clock.items()}
-        share["gradient"] = share.pop("update") - share["reference"] - share["optimizer"]
-        return share, solver["solve"] + solver["update"]
+        encoded = timed("propose", policy.encode_prompts, prompts)
+        proposals = timed("propose", policy.sample, "proposer", encoded, 1, question, 1.0, 2 * step)
+        rollouts = timed("solve", policy.sample, "solver", encoded, n, solution, 1.0, 2 * step + 1)
+        timed("update", learners["solver"].update, encoded, rollouts, [[i % 2 for i in range(n)]] * n_images)
+        solver, weight[0] = clock["solve"] + clock["update"], 1 / policy.config.proposer_every
+        timed("update", learners["proposer"].update, encoded, proposals, [[i % 2] for i in range(n_images)])
+        phases, weight[0] = dict(clock), 1.0
+        phases["gradient"] = phases.pop("update") - phases["reference"] - phases["optimizer"]
+        return phases, solver
 
     def plain_step() -> tuple[float, float]:
         """Seconds of the plain loop, and of its Solver alone."""
-        seconds = {}
+        clock.clear()
         for prompt in prompts:
-            for role, count, tokens in (("proposer", 1, question), ("solver", n, solution)):
-                clock.clear()
+            for role, count, tokens, share in (("solver", n, solution, 1.0), ("proposer", 1, question, 0.2)):
                 other.set_adapter(role)
-                completions = timed(lambda: "sample", plain_sample)(other, policy, prompt, count, tokens)
-                timed(lambda: "update", plain_update)(other, policy, optimizers[role], prompt, completions)
-                every = policy.config.proposer_every if role == "proposer" else 1
-                seconds[role] = seconds.get(role, 0.0) + clock["sample"] + clock["update"] / every
-        return sum(seconds.values()), seconds["solver"]
+                completions = timed(role, plain_sample, other, policy, prompt, count, tokens)
+                weight[0] = share
+                timed(role, plain_update, other, policy, optimizers[role], prompt, completions)
+                weight[0] = 1.0
+        return sum(clock.values()), clock["solver"]
 
     if args.compare:
         from peft import LoraConfig, get_peft_model
@@ -458,36 +463,31 @@ def bench(argv: list[str]):
                       for role in ir.ROLES}
     print(f"{args.size}: {sum(p.numel() for p in policy.hf.parameters()) / 1e6:.1f} M parameters, {policy.hf.dtype}, "
           f"{torch.cuda.get_device_name(device) if gpu else torch.backends.cpu.get_cpu_capability()}, "
-          f"{torch.get_num_threads()} threads; torch {torch.__version__}, transformers {transformers.__version__}\n"
-          f"{args.images} image(s) x {n} rollouts per step; prompt {prompt_tokens} tokens, question {question}, solution "
-          f"{solution}", flush=True)
+          f"{torch.get_num_threads()} threads; torch {torch.__version__}, transformers {transformers.__version__}\n{n_images} "
+          f"image(s) x {n} rollouts; prompt {prompt_tokens} tokens, question {question}, solution {solution}", flush=True)
     ours, plain = [], []
-    for step in range(args.steps + 1):
+    for step in range(args.steps + 1):  # in turn, so that both loops meet the same machine; the first step warms up
         ours.append(our_step(step))
-        if args.compare:  # in turn, so that both loops meet the same machine
-            plain.append(plain_step())
-        if gpu and step == 0:
-            torch.cuda.reset_peak_memory_stats()
-    (_, *ours), plain = ours, plain[1:]  # the first step warms up
-    phases = {name: statistics.median(t[name] for t, _ in ours) for name in ours[0][0]}
+        plain += [plain_step()] if args.compare else []
+        torch.cuda.reset_peak_memory_stats() if gpu and not step else None
+    (_, *ours), plain = ours, plain[1:]
+    median = lambda values: statistics.median(values) if values else None
+    phases = {name: median([t[name] for t, _ in ours]) for name in ours[0][0]}
     totals = [sum(t.values()) for t, _ in ours]
-    seconds, ratios = statistics.median(totals), [p / t for (p, _), t in zip(plain, totals)]
-    solver = [p / t for (_, p), (_, t) in zip(plain, ours)]
-    import resource
-    result = {"seconds_per_step": seconds, "phases": phases, "tokens_per_second": args.images * (question + n * solution) / seconds,
-              "images_per_hour": 3600 * args.images / seconds,
+    seconds, ratios, solver = median(totals), *([p[i] / t[i] for p, t in zip(plain, zip(totals, (s for _, s in ours)))]
+                                                for i in (0, 1))
+    result = {"seconds_per_step": seconds, "phases": phases, "images_per_hour": 3600 * n_images / seconds,
+              "tokens_per_second": n_images * (question + n * solution) / seconds,
               "peak_memory_bytes": torch.cuda.max_memory_allocated() if gpu else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-              "naive_seconds_per_step": statistics.median(p for p, _ in plain) if plain else None,
-              "ratio": statistics.median(ratios) if plain else None}
+              "naive_seconds_per_step": median([p for p, _ in plain]), "ratio": median(ratios)}
     for name, value in phases.items():
         print(f"{name:<10} {value:9.3f} s {value / seconds:5.0%}")
     print(f"step       {seconds:9.3f} s   [{min(totals):.3f}, {max(totals):.3f}], {result['tokens_per_second']:.0f} tokens/s, "
           f"{result['images_per_hour']:.0f} images/hour, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB")
     if plain:
-        print(f"plain loop {result['naive_seconds_per_step']:9.3f} s   {result['ratio']:.2f} times ours "
-              f"[{min(ratios):.2f}, {max(ratios):.2f}]; the Solver alone {statistics.median(solver):.2f} times "
-              f"[{min(solver):.2f}, {max(solver):.2f}]")
+        print(f"plain loop {result['naive_seconds_per_step']:9.3f} s   {median(ratios):.2f} times ours [{min(ratios):.2f}, "
+              f"{max(ratios):.2f}]; the Solver alone {median(solver):.2f} times [{min(solver):.2f}, {max(solver):.2f}]")
     ir.write_json(args.json, result)
 
 
@@ -1370,6 +1370,49 @@ def test_bad_input_gets_one_line_and_status_2_and_loses_nothing(world, broken, m
     error = [said for said in error if not said.startswith("warning: skipping")]
     assert status == 2 and len(error) == 1 and re.search(words, error[0]), error
     assert files() == before
+
+# ---- README ----------------------------------------------------------------------------------------------------------
+
+def readme_example(marker):
+    """The code block of README.md that contains the marker."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S)
+    return next(block for block in blocks if marker in block)
+
+def test_readme_examples_of_copied_functions(capsys):
+    exec(readme_example("print(step_agreement"), {})
+    assert capsys.readouterr().out == "tensor([0.7890, 0.7890, 0.0000, 0.6085])\n"
+    exec(readme_example("make_agreement_reward"), names := {})
+    tokenizer, table = byte_tokenizer([], ""), torch.nn.Embedding(300, 8)
+    reward = names["make_agreement_reward"](Mock(get_input_embeddings=lambda: table), tokenizer)
+    same, other = "<think>Step 1: two\nStep 2: 2 + 2 = 4</think><answer>4</answer>", "<answer>5</answer>"
+    texts = [same, same, other, [{"role": "assistant", "content": same}], "no answer"]
+    agreed = 0.3 * (2 / 3) ** 0.7 + 0.7 * (2 / 3) ** 0.7  # r_ans and r_step: both steps have cosine 1
+    assert reward(["a"] * 3 + ["b"] * 2, texts, column=[1] * 5) == pytest.approx(
+        [agreed, agreed, 0.3 * (1 / 3) ** 0.7, 0.3 * 0.5 ** 0.7, 0.0], abs=1e-5)  # groups of 3 and 2
+
+@pytest.mark.parametrize("marker", ["def short_answers", "ireasoner.solver_prompt =", "ireasoner.Policy.score ="])
+def test_readme_examples_of_changes(world, straight_run, tmp_path, monkeypatch, marker):
+    for owner, name in ((ir, "solver_prompt"), (Policy, "score")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # to be put back
+    settings = train_settings(world, tmp_path, total_steps=1)
+    code = readme_example(marker).replace('data="images"', "**settings").replace("<= 3", "<= 0")
+    code = code.replace('ireasoner.main(["demo"])', "ireasoner.train(ireasoner.Config(**settings))")
+    exec(code, {"settings": settings})
+    row, before = metrics(tmp_path / "run")[0], metrics(straight_run)[0]
+    changed = {"def short_answers": "r_sol", "ireasoner.solver_prompt =": "r_ans", "ireasoner.Policy.score =": "grad_norm_solver"}
+    assert row["r_prop"] is not None and row[changed[marker]] != before[changed[marker]]
+    assert "def short" not in marker or row["r_sol"] == row["short"] == 0
+
+def test_readme_example_from_adapter_to_answer(world, straight_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    image(1).save("photo.jpg")
+    code = readme_example("PeftModel").replace("Qwen/Qwen2.5-VL-7B-Instruct", str(world / "model"))
+    exec(code.replace("runs/ireasoner_seed0/step_002500", str(straight_run / "step_000006")), {})
+    theirs = capsys.readouterr().out
+    assert ir.main(["ask", "photo.jpg", "How many chairs?", "--adapter", str(straight_run / "step_000006")]) == 0
+    rollout = ir.parse_rollout(theirs)
+    assert rollout.steps and capsys.readouterr().out.startswith(f"Step 1: {rollout.steps[0]}")
+
 
 # ---- Ranks and faults: real torchrun processes with gloo. A start takes seconds, so each one serves several tests ----
 
