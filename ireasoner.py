@@ -18,8 +18,8 @@ Multimodal Models", in one file. One training step:
     torchrun --nproc_per_node=8 ireasoner.py --data images     # one node of eight GPUs
 
 Order: Config; the paper, Eq 1 to Eq 8 and the rewards, yours to change; parsing; Policy; Learner; ranks, images, run
-folder; `train`. There the paper ends; tools follow. In brackets the source of a choice: a section of the paper, [code]
-for the authors' released code, [ours] for our own. Where that code differs from the paper, this file follows the paper.
+folder; `train`; tools. In brackets the source of a choice: a section of the paper, [code] for the authors' released
+code, [ours]. Where that code differs from the paper, this file follows the paper.
 
 Axes in shape comments: B prompts (one image each), N rollouts per question, P prompt tokens, R completion tokens,
 V vocabulary, d model width, J steps of a trace, G the majority group.
@@ -49,6 +49,7 @@ from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 
+import numpy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -65,14 +66,11 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def blame(culprit: str):
-    """Errors inside the block become a UserError: the culprit, then the library's own words. IREASONER_DEBUG=1 keeps
-    their traceback."""
+    """Errors inside the block become a UserError: the culprit, then the library's words. IREASONER_DEBUG=1: as is."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
-        if os.environ.get("IREASONER_DEBUG"):
+        if isinstance(error, (UserError, torch.OutOfMemoryError)) or os.environ.get("IREASONER_DEBUG"):
             raise
         raise UserError(f"{culprit} ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
 
@@ -80,14 +78,12 @@ def blame(culprit: str):
 # ---- Config: one line per setting makes the field, its flag, its --help text, its check and its entry in config.json -
 
 def setting(default, allowed, meaning: str, resumable: bool = False):
-    """A field of Config. `allowed` is an inclusive (low, high), a list of words, or None; `resumable` settings may
-    change when a run is resumed."""
+    """A field of Config. `allowed`: inclusive (low, high), words, or None. `resumable`: --resume may change it."""
     return field(default=default, metadata={"allowed": allowed, "meaning": meaning, "resumable": resumable})
 
 @dataclass(kw_only=True)
 class Config:
-    """All settings; `Config(model=...)` is enough for `Policy`. Settings that are not given come from the preset, then
-    from here. In brackets the source of the default: a section or table of the paper, [code] or [ours]."""
+    """All settings, all optional: what is not given comes from the preset, then from here; in brackets its source."""
     # data and run folder
     model: str = setting("Qwen/Qwen2.5-VL-7B-Instruct", None, "backbone: a folder or a Hugging Face id [4.1]")
     data: tuple = setting(("images",), None, "folders of unlabeled images, recursive [4.1]")
@@ -164,8 +160,8 @@ class Config:
                     isinstance(allowed, tuple) and not allowed[0] <= value <= allowed[1]):
                 raise UserError(f"--{f.name} {value!r}: must be {describe(f)}. {f.metadata['meaning']}")
         if not self.kl_coef_min <= self.kl_coef <= self.kl_coef_max:
-            raise UserError(f"--kl_coef {self.kl_coef:g}: must lie between --kl_coef_min {self.kl_coef_min:g} and "
-                            f"--kl_coef_max {self.kl_coef_max:g}")
+            raise UserError(f"--kl_coef {self.kl_coef:g}: must lie between --kl_coef_min and --kl_coef_max, "
+                            f"{self.kl_coef_min:g} and {self.kl_coef_max:g}")
 
 def describe(f: dataclasses.Field) -> str:
     """What a setting may be, in words."""
@@ -213,8 +209,7 @@ def solver_prompt(question: str) -> str:
     """What the Solver is asked; `parse_rollout` reads the reply. The numbered steps are the paper's step interface."""
     return (f"{question}\n"
             "Look at the image and reason in short numbered steps, one claim in each: first what you see, then what "
-            "follows.\n"
-            "Reply in this form:\n"
+            "follows.\nReply in this form:\n"
             "<think>\nStep 1: ...\nStep 2: ...\n</think>\n<answer>short answer</answer>")
 
 def answer_distribution(answers: list[str | None]) -> dict[str, float]:
@@ -229,8 +224,8 @@ def answer_distribution(answers: list[str | None]) -> dict[str, float]:
 def answer_entropy(answers: list[str | None]) -> float:
     """H(x, q) = -sum p log p in nats (section 3.1). Each invalid rollout (None) is an outcome of its own with mass
     1/N, so that garbage never looks like agreement [ours]."""
-    n, votes = len(answers), Counter(a for a in answers if a is not None)
-    return sum(-count / n * math.log(count / n) for count in [*votes.values(), *[1] * answers.count(None)]) + 0.0
+    outcomes = Counter(i if a is None else a for i, a in enumerate(answers))
+    return math.fsum(k / len(answers) * math.log(len(answers) / k) for k in outcomes.values())
 
 def entropy_reward(entropy: float, mu: float = 0.90, sigma: float = 0.35) -> float:
     """g(H), the Proposer's reward (section 3.1; form and values from the released code): a bell around H = mu nats,
@@ -266,21 +261,22 @@ def step_prototypes(embeddings: list[torch.Tensor], group: list[int], min_group:
             prototypes[j] = torch.stack(members).mean(dim=0)
     return prototypes
 
-def step_similarity(embeddings: list[torch.Tensor], group: list[int], min_group: int = 2) -> torch.Tensor:
+def step_similarity(embeddings: list[torch.Tensor], group: list[int], min_group: int = 2,
+                    leave_one_out: bool = False) -> torch.Tensor:
     """r_ij = cos(e_ij, mu_j) in [-1, 1] (section 3.2): (|G|, J) with J the longest trace of the group, NaN where
-    rollout i has no step j or the position cannot be compared. Zero vectors and non-finite values count as 0."""
-    prototypes = step_prototypes(embeddings, group, min_group)
+    rollout i has no step j or the position cannot be compared. Zero vectors and non-finite values count as 0. With
+    `leave_one_out`, mu_j is the mean over the other members of the group."""
     similarity = torch.full((len(group), max((len(embeddings[i]) for i in group), default=0)), math.nan)
     for row, i in enumerate(group):
-        for j, mu_j in prototypes.items():
+        members = [k for k in group if k != i] if leave_one_out else group
+        for j, mu_j in step_prototypes(embeddings, members, min_group - leave_one_out).items():
             if j < len(embeddings[i]):
                 cosine = F.cosine_similarity(embeddings[i][j].double(), mu_j.double(), dim=0)
                 similarity[row, j] = cosine.nan_to_num(0.0, 0.0, 0.0)
     return similarity
 
 def position_weights(num_steps: int, decay: float = 0.15) -> torch.Tensor:
-    """Eq 4, w_j = exp(-kappa (j - 1)) for j = 1 ... num_steps: early, grounding steps weigh more. (num_steps,),
-    w_1 = 1, not normalized. kappa from the released code."""
+    """Eq 4, w_j = exp(-kappa (j - 1)): (num_steps,), not normalized. Early steps weigh more. kappa [code]."""
     return torch.exp(-decay * torch.arange(num_steps, dtype=torch.float32))
 
 def trajectory_reward(similarity: torch.Tensor, group: list[int], num_rollouts: int, gamma: float = 0.7,
@@ -289,9 +285,9 @@ def trajectory_reward(similarity: torch.Tensor, group: list[int], num_rollouts: 
     The w_j are normalized to sum to 1 over the positions where r_ij is defined [ours], so that the reward does not grow
     with the number of steps. Rollouts outside the group, and those with nothing to compare, get 0."""
     weights = position_weights(similarity.shape[1], decay) * ~similarity.isnan()                         # (|G|, J)
-    weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-30)
+    mean = (weights * similarity.nan_to_num(0.0)).sum(dim=1) / weights.sum(dim=1).clamp_min(1e-30)       # (|G|,)
     rewards = torch.zeros(num_rollouts)
-    rewards[group] = group_density(len(group), max(num_rollouts, 1), gamma) * (weights * similarity.nan_to_num(0.0)).sum(dim=1)
+    rewards[group] = group_density(len(group), max(num_rollouts, 1), gamma) * mean
     return rewards
 
 def step_agreement(embeddings: list[torch.Tensor], group: list[int], num_rollouts: int, gamma: float = 0.7,
@@ -301,21 +297,11 @@ def step_agreement(embeddings: list[torch.Tensor], group: list[int], num_rollout
     return trajectory_reward(step_similarity(embeddings, group, min_group), group, num_rollouts, gamma, decay)
 
 def leave_one_out_similarity(embeddings: list[torch.Tensor], group: list[int]) -> torch.Tensor:
-    """Figure 7, S_ij = cos(e_ij, mean of e_kj over the other members k of the group): (|G|, J) with J the longest trace
-    of the group, NaN where rollout i has no step j or no other member has one."""
-    similarity = torch.full((len(group), max((len(embeddings[i]) for i in group), default=0)), math.nan)
-    for row, i in enumerate(group):
-        for j in range(len(embeddings[i])):
-            others = [embeddings[k][j] for k in group if k != i and j < len(embeddings[k])]
-            if others:
-                mean = torch.stack(others).double().mean(dim=0)
-                cosine = F.cosine_similarity(embeddings[i][j].double(), mean, dim=0)
-                similarity[row, j] = cosine.nan_to_num(0.0, 0.0, 0.0)
-    return similarity
+    """Figure 7, S_ij = cos(e_ij, mean of e_kj over the other members k of the group): (|G|, J), NaN where undefined."""
+    return step_similarity(embeddings, group, leave_one_out=True)
 
 def depth_disagreement(similarity: torch.Tensor) -> torch.Tensor:
-    """Figure 7, D_j = 1 - mean over i of S_ij, the mean taken where S_ij is defined: (|G|, J) -> (J,), NaN where it is
-    defined nowhere."""
+    """Figure 7, D_j = 1 - mean of S_ij over the i that have it: (|G|, J) -> (J,), NaN where none has."""
     return 1 - torch.nanmean(similarity, dim=0)
 
 
@@ -332,9 +318,7 @@ def answer_reward(p_answer: float, excess: float, alpha: float = 0.7, eta: float
 def step_reward_weight(step: int, total_steps: int, lam_max: float = 0.7, warmup_frac: float = 0.3) -> float:
     """Eq 6, lambda(t): 0 for the first `warmup_frac` of all steps, then linear to `lam_max` at the last step. `step`
     is the global step, counted from 1, so a resumed run continues the ramp."""
-    if warmup_frac >= 1:
-        return 0.0
-    progress = (step / total_steps - warmup_frac) / (1 - warmup_frac)
+    progress = (step / total_steps - warmup_frac) / max(1 - warmup_frac, 1e-9)
     return lam_max * min(max(progress, 0.0), 1.0)
 
 def mix_rewards(r_ans, r_step, lam: float):
@@ -435,10 +419,8 @@ def parse_question(text: str) -> str | None:
     tagged = re.search(r"<question>((?:(?!</?question>).)*)</question>", text, re.I | re.S)
     lines = [line for line in re.split(r"\n|</?question>", text, flags=re.I) if "?" in line or "？" in line]
     untagged = [re.match(r"[\s#>*_-]*(?:question[\s*_\d]{0,9}:[\s*_]*)?(.*?[?？])", line, re.I)[1] for line in lines]
-    for candidate in [tagged[1]] if tagged else untagged:
-        if re.search(r"\w", candidate):
-            return " ".join(candidate.split())
-    return None
+    candidates = [tagged[1]] if tagged else untagged
+    return next((" ".join(c.split()) for c in candidates if re.search(r"\w", c)), None)
 
 def parse_rollout(text: str, max_steps: int = 8) -> Rollout:
     """Splits a Solver reply into trace t_i, steps s_ij and answer a_i (section 3.1).
@@ -448,8 +430,7 @@ def parse_rollout(text: str, max_steps: int = 8) -> Rollout:
     """
     answers = list(re.finditer(r"<answer>((?:(?!</?answer>).)*)</answer>", text, re.I | re.S))
     before = text[:answers[-1].start()] if answers else re.split("<answer>", text, maxsplit=1, flags=re.I)[0]
-    think = re.split("<think>", before, maxsplit=1, flags=re.I)[-1]
-    think = re.split("</think>", think, maxsplit=1, flags=re.I)[0].strip()
+    think = re.match("(?:.*?<think>)?(.*?)(?:</think>|\\Z)", before, re.I | re.S)[1].strip()
     words = re.sub(r"</?(?:think|answer|step)>", " ", before, flags=re.I).split()
     return Rollout(text, think, split_steps(think, max_steps), answers[-1][1].strip() if answers else None, len(words))
 
@@ -515,7 +496,7 @@ def unwrap(text: str) -> str:
         if text.startswith(left) and text.endswith(right) and len(text) >= len(left + right):
             opening, closing = left[-1], right[-1]
             balanced = inner.count(opening) == inner.count(closing) and inner.find(opening) <= inner.find(closing)
-            if left not in inner if left == right else balanced:
+            if balanced if left != right else left not in inner:
                 return inner.strip()
     return text
 
@@ -638,7 +619,6 @@ class Policy:
                 setattr(blocks.get_submodule(path), child, LoRALinear(layer, self).to(self.device))
 
     # ---- adapters
-
     @contextlib.contextmanager
     def adapter(self, role: str | None):
         """Runs the block as a role, or as the reference for None. A backward pass may run outside of it."""
@@ -648,47 +628,39 @@ class Policy:
         finally:
             self.role = before
 
-    def parameters(self, role: str) -> list[torch.nn.Parameter]:
-        """The trainable parameters of a role: its LoRA matrices."""
-        return list(self.named_parameters(role).values())
-
-    def named_parameters(self, role: str) -> dict[str, torch.nn.Parameter]:
-        """The same under the names that they have in a PEFT adapter folder."""
+    def parameters(self, role: str) -> dict[str, torch.nn.Parameter]:
+        """A role's trainable parameters, its LoRA matrices, under the names that they have in a PEFT adapter folder."""
         return {f"base_model.model.{name.replace(f'.{role}.', '.')}": p for name, p in self.hf.named_parameters()
                 if f".{role}." in name}
 
     def save(self, folder: Path):
-        """Writes folder/solver and folder/proposer, plain PEFT adapter folders, with the backbone's own tokenizer and
-        processor files, for clients that load a processor from the same folder."""
+        """Writes folder/solver and folder/proposer, PEFT adapters with the backbone's tokenizer and processor files."""
         from peft import LoraConfig
         from safetensors.torch import save_file
         config, local = self.config, Path(self.config.model)
-        projections = "|".join(sorted({name.split(".")[-3] for name in self.named_parameters("solver")}))
+        projections = "|".join(sorted({name.split(".")[-3] for name in self.parameters("solver")}))
         lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
                           target_modules=rf".*\.layers\.\d+\.(?:self_attn|mlp)\.(?:{projections})", inference_mode=True,
                           base_model_name_or_path=str(local.absolute()) if local.is_dir() else config.model)
         for role in ROLES:
             lora.save_pretrained(str(folder / role))
-            save_file({name: p.detach().cpu().contiguous() for name, p in self.named_parameters(role).items()},
+            save_file({name: p.detach().cpu().contiguous() for name, p in self.parameters(role).items()},
                       folder / role / "adapter_model.safetensors", {"format": "pt"})
-            for file in checkpoint_files(config.model):
-                if re.search("token|vocab|merges|template|processor", file.name):
-                    shutil.copyfile(file, folder / role / file.name)
+            for file in checkpoint_files(config.model, ("*token*", "*vocab*", "*merges*", "*template*", "*processor*")):
+                shutil.copyfile(file, folder / role / file.name)
 
     @torch.no_grad()
     def load(self, role: str, folder: Path):
         """Reads a PEFT adapter folder into a role. Raises UserError if it is damaged or does not fit."""
         lora, saved = read_adapter(folder)
-        parameters, config = self.named_parameters(role), self.config
+        parameters, config = self.parameters(role), self.config
         if ({name: p.shape for name, p in parameters.items()} != {name: w.shape for name, w in lora.items()}
                 or saved["lora_alpha"] * config.lora_r != config.lora_alpha * saved["lora_r"]):
-            raise UserError(f"{folder}: does not fit --model {config.model}, --lora_r {config.lora_r}, --lora_alpha "
-                            f"{config.lora_alpha}")
+            raise UserError(f"{folder}: does not fit --model {config.model}, or this run's --lora_r or --lora_alpha")
         for name, p in parameters.items():
             p.copy_(lora[name])
 
     # ---- prompts
-
     @functools.cached_property
     def template(self) -> tuple[str, list[int]]:
         """The chat template of a turn with one image: what stands before its text, and the token ids behind it."""
@@ -758,8 +730,7 @@ class Policy:
         return Prefill(cache, mask, last + 1, out.last_hidden_state[:, -1])
 
     def extend(self, prefill: Prefill, ids: torch.Tensor, done: int = 0) -> torch.Tensor:
-        """Hidden states (rows, T, d) of the tokens `ids` (rows, T) that follow a repeated prefill and the `done` tokens
-        already appended to it."""
+        """Hidden states (rows, T, d) of `ids` (rows, T), which follow a repeated prefill and `done` tokens after it."""
         positions = prefill.next_position[:, None] + done + torch.arange(ids.shape[1], device=self.device)  # (rows, T)
         if hasattr(self.hf.model, "get_rope_index"):
             positions = positions.expand(3, -1, -1)  # text has equal time, height and width
@@ -767,7 +738,6 @@ class Policy:
                              use_cache=True).last_hidden_state
 
     # ---- sampling and scoring
-
     @torch.no_grad()
     def sample(self, role: str | None, prompts: list[Prompt], num_samples: int, max_new_tokens: int,
                temperature: float = 1.0, seed: int | list[int] = 0) -> list[list[Completion]]:
@@ -825,17 +795,15 @@ class Policy:
         return Scores(*(list(torch.cat(column).split(lengths)) for column in zip(*pieces)))
 
     def completion_hidden(self, prompt: Prompt, completions: list[Completion]) -> torch.Tensor:
-        """Hidden states that predict the completions' tokens: (M, d), M tokens in all. The prompt is prefilled once and
-        its keys and values serve all N completions, with gradients: P + N R tokens go through the model instead of
-        N (P + R)."""
-        n, longest = len(completions), max(len(c.token_ids) for c in completions)
+        """Hidden states that predict the completions' tokens, (M, d). The prompt is prefilled once for all N, also with
+        gradients: P + N R tokens go through the model instead of N (P + R)."""
+        longest = max(len(c.token_ids) for c in completions)
         ids = torch.tensor([c.token_ids + [0] * (longest - len(c.token_ids)) for c in completions], device=self.device)
-        lengths = torch.tensor([len(c.token_ids) for c in completions], device=self.device)
-        prefill = self.prefill([prompt]).repeat(n, longest - 1)
+        prefill = self.prefill([prompt]).repeat(len(completions), longest - 1)
         hidden = prefill.hidden[:, None]                                                                    # (N, 1, d)
         if longest > 1:
             hidden = torch.cat([hidden, self.extend(prefill, ids[:, :-1])], dim=1)                          # (N, R, d)
-        return hidden[torch.arange(longest, device=self.device) < lengths[:, None]]
+        return torch.cat([h[:len(c.token_ids)] for h, c in zip(hidden, completions)])
 
     @torch.no_grad()
     def embed_steps(self, steps: list[str]) -> torch.Tensor:
@@ -847,8 +815,7 @@ class Policy:
         return F.normalize(torch.stack(rows), dim=-1).cpu() if rows else torch.zeros(0, table.shape[1])
 
 def concatenate(values: list):
-    """Joins the image features of several prompts: tensors, tuples of them (one per image), or lists of such (one per
-    layer of the vision tower, as in Qwen3-VL)."""
+    """Joins image features: tensors, tuples of them (one per image), or lists of such (one per layer, as Qwen3-VL)."""
     if torch.is_tensor(values[0]):
         return torch.cat(values)
     if torch.is_tensor(values[0][0]):
@@ -862,8 +829,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cpu")
     index = int((match and match[1]) or os.environ.get("LOCAL_RANK", 0))
     if not match or index >= found:
-        raise UserError(f"--device {name}: must be auto, cpu, cuda or cuda:N; this PyTorch sees {found} GPUs. Use cpu, "
-                        "or install PyTorch's CUDA or ROCm build (see README)")
+        raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:N; PyTorch sees {found} GPUs. See README")
     return torch.device("cuda", index)
 
 def load_backbone(config: Config, device: torch.device) -> tuple:
@@ -889,54 +855,44 @@ def load_backbone(config: Config, device: torch.device) -> tuple:
     return hf.to(device).eval().requires_grad_(False), tokenizer, processor
 
 @functools.lru_cache
-def checkpoint_files(model: str) -> list[Path]:
+def checkpoint_files(model: str, patterns: tuple[str, ...] = ("*",)) -> list[Path]:
     """The files of a checkpoint, a folder or a Hugging Face id, without weights that are not safetensors."""
     others = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"]
     if not Path(model).is_dir():
         from huggingface_hub import snapshot_download
         with blame(f"{model}: neither a folder nor found on the Hugging Face Hub"):
-            model = snapshot_download(model, ignore_patterns=others)
-    return sorted(f for f in Path(model).glob("[!.]*") if f.is_file() and not any(map(f.match, others)))
+            model = snapshot_download(model, allow_patterns=list(patterns), ignore_patterns=others)
+    return sorted(f for f in Path(model).glob("[!.]*") if f.is_file() and any(map(f.match, patterns))
+                  and not any(map(f.match, others)))
 
 def read_adapter(adapter: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     """(matrices, settings) of an adapter: a PEFT folder, or a step_* folder, whose Solver is meant."""
     from safetensors.torch import load_file
     folder = Path(adapter, "solver") if Path(adapter, "solver").is_dir() else Path(adapter)
     with blame(f"{adapter}: no usable PEFT adapter. Name a step_* folder of a run, or its solver/ folder"):
-        saved = json.loads((folder / "adapter_config.json").read_text())
+        peft = json.loads((folder / "adapter_config.json").read_text())
         lora = load_file(folder / "adapter_model.safetensors")
-        if any(saved.get(option) for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")):
+        if any(peft.get(option) for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")):
             raise ValueError("a kind of LoRA that this file cannot compute")
         for name, matrix in lora.items():
-            if not matrix.isfinite().all() or matrix.shape[".lora_B." in name] != saved["r"]:
-                raise ValueError(f"{name} is not finite, or not of rank {saved['r']}")
-        settings = {"lora_r": saved["r"], "lora_alpha": saved["lora_alpha"], "model": saved["base_model_name_or_path"]}
-        return lora, settings
+            if not matrix.isfinite().all() or matrix.shape[1 if ".lora_B." in name else 0] != peft["r"]:
+                raise ValueError(f"{name} is not finite, or not of rank {peft['r']}")
+        return lora, {"lora_r": peft["r"], "lora_alpha": peft["lora_alpha"], "model": peft["base_model_name_or_path"]}
 
 
 # ---- Learner: one role's optimizer, baseline and beta (Eq 7, 8) ------------------------------------------------------
 
-class RankGradients(torch.nn.Module):
-    """All that this file does for DistributedDataParallel, which wraps a module and averages the gradients of its
-    parameters over the ranks in each backward pass. So that they become the sum over all passes of all ranks,
-    1. `forward` calls any function that computes a loss, since DDP only watches a module's own forward;
-    2. all passes but the last run under `no_sync`: gradients are exchanged once per optimizer step;
-    3. a rank without any pass runs one with a zero loss, or the others would wait for it;
-    4. losses are multiplied by the number of ranks, since DDP divides by it."""
+class ZeroLoss(torch.nn.Module):
+    """A loss of 0 on a role's parameters. Its backward pass under DistributedDataParallel, which averages over the
+    ranks whatever gradients the parameters hold by then, is the one exchange of an update. A rank without a rollout
+    takes part like any other, so none waits."""
 
     def __init__(self, parameters: list[torch.nn.Parameter]):
         super().__init__()
         self.weights = torch.nn.ParameterList(parameters)
 
-    def forward(self, loss_function: Callable | None, *arguments) -> torch.Tensor:
-        return sum(w.sum() for w in self.weights) * 0.0 + (loss_function(*arguments) if loss_function else 0.0)
-
-def backward_over_ranks(module: torch.nn.Module, loss_function: Callable, passes: list[tuple]):
-    """Adds the gradients of loss_function(*arguments), summed over all passes of all ranks, to the parameters."""
-    calls = [(loss_function, *arguments) for arguments in passes] or [(None,)]
-    for i, call in enumerate(calls, 1):
-        with module.no_sync() if world_size() > 1 and i < len(calls) else contextlib.nullcontext():
-            (module(*call) * world_size()).backward()
+    def forward(self) -> torch.Tensor:
+        return sum(w.sum() for w in self.weights) * 0.0
 
 class Learner:
     """What one role carries from step to step: its optimizer, baseline b and KL coefficient beta."""
@@ -944,13 +900,11 @@ class Learner:
     def __init__(self, policy: Policy, role: str):
         config = policy.config
         self.policy, self.role, self.beta, self.baseline, self.skips_in_a_row = policy, role, config.kl_coef, None, 0
-        self.parameters = policy.parameters(role)
+        self.parameters = list(policy.parameters(role).values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
-        self.gradients = RankGradients(self.parameters)
         if world_size() > 1:
-            self.gradients = torch.nn.parallel.DistributedDataParallel(self.gradients)
-            # DDP orders its buckets, and so its sums, by its first pass: let that be the same one after every start
-            backward_over_ranks(self.gradients, None, [])
+            self.exchange = torch.nn.parallel.DistributedDataParallel(ZeroLoss(self.parameters))
+            self.exchange().backward()  # DDP orders its buckets, and so its sums, after the first pass: this one
 
     def update(self, prompts: list[Prompt], completions: list[list[Completion]], rewards: list[list[float]]) -> dict:
         """One optimizer step over all rollouts of all ranks (Eq 7), then the baseline and beta (Eq 8). The lists have
@@ -970,10 +924,13 @@ class Learner:
             scores = self.policy.score(self.role, prompt, group, config.temperature)
             kls.extend(kl.detach().mean().item() for kl in scores.kl)
             mean = reinforce_loss(scores.logprobs, scores.kl, of_group, self.beta, config.logprob_reduction)
-            return mean * len(group) / count
+            return mean * len(group) / count * world_size()  # DDP divides by it
 
         self.optimizer.zero_grad(set_to_none=True)
-        backward_over_ranks(self.gradients, loss, passes)
+        for arguments in passes:
+            loss(*arguments).backward()
+        if world_size() > 1:
+            self.exchange().backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip).item()
         kl = all_sum(sum(kls))[0] / count
         skipped = not (math.isfinite(grad_norm) and math.isfinite(kl))  # both are the same on all ranks
@@ -1034,17 +991,14 @@ def all_sum(*values: float) -> list[float]:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Inside the block SIGTERM and SIGINT (a scheduler's preemption, Ctrl-C) only add their number to the list that it
-    gives, so that the step in flight can be finished and saved."""
-    caught, before = [], {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(ValueError):  # outside the main thread Python takes no handlers
-            before[number] = signal.signal(number, lambda number, frame: caught.append(number))
-    try:
+    """Inside the block SIGTERM and SIGINT (preemption, Ctrl-C) only join a list, and the step in flight is finished."""
+    caught = []
+    with contextlib.ExitStack() as handlers:  # puts the old ones back
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # outside the main thread Python takes no handlers
+                old = signal.signal(number, lambda number, frame: caught.append(number))
+                handlers.callback(signal.signal, number, old)
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ---- Images ----------------------------------------------------------------------------------------------------------
@@ -1052,8 +1006,7 @@ def stop_signals() -> Iterator[list[int]]:
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 
 def list_images(data: tuple[str, ...]) -> tuple[Path, ...]:
-    """The image files of folders (recursive, hidden ones left out), each file once. Sorted, so that the order does not
-    depend on the file system."""
+    """The image files of folders (recursive, none hidden), each file once, in a fixed order."""
     found = {}  # by real path: a link may lead to the same file again
     for folder in data:
         paths, visited = [], set()
@@ -1070,32 +1023,25 @@ def list_images(data: tuple[str, ...]) -> tuple[Path, ...]:
     return tuple(found.values())
 
 def load_image(path: Path) -> Image.Image:
-    """An upright RGB image: the first frame, EXIF rotation applied, alpha on white, 16 bits scaled to 8. Raises
-    UserError on a damaged file, and on a picture that is 200 times longer than wide."""
+    """An upright RGB image: first frame, EXIF rotation, alpha on white, 16 bits as 8. UserError if it cannot be used."""
     with blame(f"{path}: cannot be read as an image"), Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: convert() would clip, not scale
-            import numpy
             values = numpy.asarray(image, dtype=numpy.float64)
             top = 1.0 if image.mode == "F" and values.max() <= 1 else 65535.0 if values.max() > 255 else 255.0
             image = Image.fromarray(numpy.clip(values / top * 255 + 0.5, 0, 255).astype("uint8"))
-        if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         if max(image.size) >= 200 * min(image.size):
             raise ValueError(f"{image.width} x {image.height} pixels is too narrow")
         return image.convert("RGB")
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(paths: tuple[Path, ...], seed: int, epoch: int) -> list[Path]:
-    """A fresh permutation of the images for each epoch."""
-    return random.Random(derive_seed(seed, "order", epoch)).sample(paths, len(paths))
-
 def training_image(paths: tuple[Path, ...], seed: int, slot: int) -> tuple[Path, Image.Image]:
     """Image number `slot` of the whole run, counted over all steps and ranks. The next readable file of the epoch takes
     the place of an unreadable one, the same on any number of ranks."""
     epoch, start = divmod(slot, len(paths))
-    order = epoch_order(paths, seed, epoch)
+    order = random.Random(derive_seed(seed, "order", epoch)).sample(paths, len(paths))  # new in each epoch
     for path in order[start:] + order[:start]:
         try:
             return path, load_image(path)
@@ -1110,8 +1056,7 @@ AGENT = f"{os.uname().nodename} {os.getppid()}"  # the torchrun that started thi
 
 @contextlib.contextmanager
 def open_run(config: Config) -> Iterator[tuple[Path, Path | None]]:
-    """Makes the run folder and holds it for this run, as long as the block lasts. Gives the folder and the checkpoint
-    to go on from, None for a fresh start. Raises UserError if the folder must not be touched."""
+    """Makes the run folder and locks it inside the block. Gives it, and the checkpoint to go on from or None."""
     run = Path(config.output_dir) / (config.run_name or f"{config.preset}_seed{config.seed}")
     with contextlib.ExitStack() as stack:
         if rank() == 0:
@@ -1123,8 +1068,7 @@ def open_run(config: Config) -> Iterator[tuple[Path, Path | None]]:
         yield run, gather(find_checkpoint(run, config) if rank() == 0 else None)[0]  # rank 0 decides for all
 
 def find_checkpoint(run: Path, config: Config) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start. Changes nothing. Raises UserError where a run with other
-    settings, or one that `--resume` was not asked to continue, would be overwritten."""
+    """The checkpoint to go on from, or None for a fresh start. Raises UserError rather than overwrite another run."""
     if not (run / "config.json").exists():
         if config.resume or not all(p.name.startswith(".") for p in run.iterdir()):
             raise UserError(f"{run}: holds no run to resume. Leave --resume out, or choose another --run_name")
@@ -1136,7 +1080,7 @@ def find_checkpoint(run: Path, config: Config) -> Path | None:
     if fixed := [words[f.name] for f in different if not f.metadata["resumable"]]:
         raise UserError(f"{run}: holds a run with other settings ({'; '.join(fixed)}). Choose another --run_name")
     checkpoints = list_checkpoints(run)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (run / ".agent").read_text() == AGENT:
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and AGENT in [f.read_text() for f in run.glob(".agent")]:
         return checkpoints[-1] if checkpoints else None  # our own torchrun started this run, and now starts it again
     if not config.resume:
         raise UserError(f"{run}: holds a run already. Add --resume to continue it, or choose another --run_name")
@@ -1172,9 +1116,8 @@ def read_jsonl(path: Path) -> Iterator[dict]:
 def append_jsonl(path: Path, rows: list[dict]):
     """Appends rows to a log; numbers that JSON cannot say (NaN, infinity) become null."""
     rows = [json.loads(json.dumps(row, default=str), parse_constant=lambda name: None) for row in rows]
-    with blame(f"{path}: cannot be written. Make room; --resume goes on from the newest checkpoint"):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    with blame(f"{path}: cannot be written. Make room"), open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 def save_checkpoint(run: Path, step: int, images: int, policy: Policy, learners: dict[str, Learner]):
     """Writes run/step_NNNNNN aside and then renames it, so that a folder of that name is complete; deletes old ones."""
@@ -1186,10 +1129,9 @@ def save_checkpoint(run: Path, step: int, images: int, policy: Policy, learners:
         state = {role: {"beta": x.beta, "baseline": x.baseline, "optimizer": x.optimizer.state_dict()}
                  for role, x in learners.items()}
         torch.save({"step": step, "images": images, **state}, part / "trainer_state.pt")
-        for file in part.rglob("*"):
-            handle = os.open(file, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+        for file in filter(Path.is_file, part.rglob("*")):
+            with open(file, "rb") as written:
+                os.fsync(written)
         shutil.rmtree(folder, ignore_errors=True)  # an incomplete one, or the run would have gone on behind it
         os.rename(part, folder)
         for old in list_checkpoints(run)[:-policy.config.keep_checkpoints]:
@@ -1199,7 +1141,7 @@ def load_checkpoint(folder: Path, policy: Policy, learners: dict[str, Learner]) 
     """Restores both adapters and the trainer state; returns the step and the number of images seen. Nothing is
     unpickled but tensors and numbers. Raises UserError if the checkpoint is damaged, or not one of ours."""
     with blame(f"{folder}: damaged. Delete it to resume from the checkpoint before it"):
-        state = torch.load(folder / "trainer_state.pt", map_location=policy.device, weights_only=True)
+        state = torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
         for role, learner in learners.items():
             policy.load(role, folder / role)
             learner.beta, learner.baseline = state[role]["beta"], state[role]["baseline"]
@@ -1228,11 +1170,12 @@ def train(config: Config, reward: Callable[..., dict] = group_rewards) -> Path:
     paths = list_images(config.data)
     training_image(paths, config.seed, 0)  # at least one must be readable: better known before the model loads
     join_ranks(device)
-    with open_run(config) as (run, newest), stop_signals() as signals:
+    with open_run(config) as (run, newest), contextlib.ExitStack() as stack:
         policy = Policy(config)
         learners = {role: Learner(policy, role) for role in ROLES}
         step, images = load_checkpoint(newest, policy, learners) if newest else (0, 0)
         log, stopped = Log(run, config, step, len(paths)), False
+        signals = stack.enter_context(stop_signals())  # only now: until here Ctrl-C ends the program at once
         while step < config.total_steps and not stopped:
             step += 1
             torch.manual_seed(derive_seed(config.seed, step, rank()))  # for LoRA dropout; sampling has keys of its own
@@ -1292,10 +1235,9 @@ def solve(policy: Policy, asked: list[Episode], step: int, key: str = "solver"):
 def checked(rewards: dict, n: int) -> dict:
     """The result of a reward function, tensors as lists. Raises UserError if it cannot train the two roles."""
     rewards = {key: v.tolist() if hasattr(v, "tolist") else v for key, v in (rewards or {}).items()}
-    for key, kind, count in (("r_sol", list, n), ("r_prop", (int, float), 1)):
-        if not isinstance(rewards.get(key), kind) or len(numbers(rewards[key], n)) != count:
-            raise UserError(f"reward: \"{key}\" must be {'a list of ' * (count > 1)}{count} number(s), but is "
-                            f"{str(rewards.get(key)):.200}")
+    for key, kind, k, form in (("r_sol", list, n, f"a list of {n} numbers"), ("r_prop", (int, float), 1, "a number")):
+        if not isinstance(rewards.get(key), kind) or len(numbers(rewards[key], n)) != k:
+            raise UserError(f'reward: "{key}" must be {form}, but is {str(rewards.get(key)):.200}')
     return rewards
 
 def numbers(value, n: int) -> list[float]:
@@ -1307,11 +1249,14 @@ def numbers(value, n: int) -> list[float]:
 def ask_about_another_image(policy: Policy, asked: list[Episode], paths: tuple[Path, ...], step: int, first_image: int):
     """Looks for collapse: where the majority answer is as frequent when the same question is asked about the run's next
     image, the answers do not come from the picture. Logs its share there; alters no training number."""
-    images = [training_image(paths, policy.config.seed, first_image + e.slot + 1)[1] for e in asked]
-    others = [dataclasses.replace(e, image=policy.encode(image)) for e, image in zip(asked, images)]
+    others = []
+    for e in asked:
+        path, image = training_image(paths, policy.config.seed, first_image + e.slot + 1)
+        others += [dataclasses.replace(e, path=path, image=policy.encode(image))]
     solve(policy, others, step, "another image")
     for e, other in zip(asked, others):
-        if majority := dominant_group([r.vote for r in e.rollouts])[0]:
+        majority = dominant_group([r.vote for r in e.rollouts])[0]
+        if majority and other.path != e.path:
             e.rewards["swapped_agreement"] = statistics.fmean(r.vote == majority for r in other.rollouts)
 
 class Log:
@@ -1334,8 +1279,7 @@ class Log:
         self.since = time.perf_counter()
 
     def step(self, step: int, episodes: list[Episode], lam: float, stats: dict):
-        """Gathers the step's episodes from all ranks. Metrics are means over all of them, so that no number depends on
-        how many ranks share them."""
+        """Gathers the step's episodes from all ranks; metrics are means over them, whatever the number of ranks."""
         rows = sum(gather([self.row(step, e) for e in episodes]), [])
         if rank() != 0:
             return
@@ -1345,10 +1289,9 @@ class Log:
                 metrics[key] = statistics.fmean(values)
         metrics |= {f"{key}_{role}": value for role in ROLES for key, value in stats.get(role, {}).items()}
         self.questions.extend(row["question"] for row in rows if row["question"])
-        now = time.perf_counter()
         metrics |= {"distinct_questions": len(set(self.questions)) / max(len(self.questions), 1),
-                    "tokens": sum(row["tokens"] for row in rows), "seconds": now - self.since}
-        self.since = now
+                    "tokens": sum(row["tokens"] for row in rows), "seconds": time.perf_counter() - self.since}
+        self.since += metrics["seconds"]
         append_jsonl(self.run / "rollouts.jsonl", rows)
         append_jsonl(self.run / "metrics.jsonl", [metrics])
         if self.wandb:
@@ -1386,8 +1329,7 @@ class Log:
         """The last lines of a run, if it cannot have learned anything."""
         rows = list(read_jsonl(self.run / "metrics.jsonl")) if rank() == 0 else []
         for key, words in (("no_question", "proposals held no question: this backbone does not follow proposer_prompt"),
-                           ("invalid", "rollouts had no <answer>: this backbone does not follow solver_prompt, or "
-                                       "--max_new_tokens_solver cuts it off")):
+                           ("invalid", "rollouts had no <answer>: this backbone does not follow solver_prompt, or is cut off")):
             if statistics.fmean([row[key] for row in rows if key in row] or [0.0]) > 0.5:
                 say(f"Most {words}")
         if self.wandb:
@@ -1395,10 +1337,9 @@ class Log:
 
 def format_group(row: dict) -> str:
     """A row of rollouts.jsonl for a person to read."""
-    traces = [" | ".join(steps) or " ".join(text.split()) for steps, text in zip(row["steps"], row["texts"])]
-    return "\n".join([f"    {row['image']}: {row['question']}", *(
-        f"      r_sol {r_sol:.2f}  {vote or '(invalid)'}: {trace[:160]}" for r_sol, vote, trace in
-        zip(row["r_sol"], row["votes"], traces))])
+    lines = [f"      r_sol {r:.2f}  {vote or '(invalid)'}: {(' | '.join(steps) or ' '.join(text.split()))[:160]}"
+             for r, vote, steps, text in zip(row["r_sol"], row["votes"], row["steps"], row["texts"])]
+    return "\n".join([f"    {row['image']}: {row['question']}", *lines])
 
 
 # ==== The paper ends here. What follows are tools; cut them off, and `train(Config(...))` still works =================
@@ -1426,8 +1367,7 @@ def ask(config: Config, image: str, question: str, adapter: str = ""):
     say(f"Answer: {rollout.answer}" if rollout.answer else f"(no <answer> in the reply) {rollout.text}")
 
 def load_solver(config: Config, adapter: str) -> tuple[Policy, str | None]:
-    """A policy and the role that answers: "solver" with the weights of an adapter on the backbone that it was trained
-    on, or None, the plain backbone."""
+    """A policy and the role that answers: "solver" with an adapter, on the backbone it was trained on, else None."""
     policy = Policy(Config(**{**read_adapter(adapter)[1], **config.given}) if adapter else config)
     if adapter:
         policy.load("solver", Path(adapter))
@@ -1510,8 +1450,7 @@ def export(config: Config, adapter: str, folder: str):
     keeps its name, file and dtype. Every other file is copied byte for byte, since what one version of transformers
     writes may not load in an older one.
     """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
     lora, saved = read_adapter(adapter)
     model, target, part = config.given.get("model", saved["model"]), Path(folder), Path(f"{folder}.part")
     # "layers.3.mlp.up_proj": the backbone's file may place the language model elsewhere than the loaded model does
@@ -1523,8 +1462,7 @@ def export(config: Config, adapter: str, folder: str):
         stack.callback(shutil.rmtree, part, ignore_errors=True)
         for source in checkpoint_files(model):
             if source.suffix == ".safetensors":
-                with safe_open(source, "pt") as file:
-                    weights, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+                weights = load_file(source)
                 for name, weight in weights.items():
                     module = re.search(r"layers\..*(?=\.weight$)", name)
                     if module and module[0] in left and not re.search("vision|visual", name):
@@ -1532,7 +1470,7 @@ def export(config: Config, adapter: str, folder: str):
                         product = lora[a.replace(".lora_A.", ".lora_B.")].float() @ lora[a].float()
                         merged = weight.float() + saved["lora_alpha"] / saved["lora_r"] * product
                         weights[name] = merged.to(weight.dtype)
-                save_file(weights, part / source.name, metadata or {"format": "pt"})
+                save_file(weights, part / source.name, {"format": "pt"})
             else:
                 shutil.copyfile(source, part / source.name)
         if left:
@@ -1562,21 +1500,19 @@ def report(config: Config, runs: list[str], out: str = "report.png"):
     figure = Figure(figsize=(15, 2.2 * height), layout="constrained")
     grid = figure.add_gridspec(height, 4)
     for i, key in enumerate(keys):
-        axes = figure.add_subplot(grid[i // 4, i % 4], xlabel="step", ylabel=key)
-        axes.set_title(titles.get(key, key), fontsize=9)
+        axes = figure.add_subplot(grid[i // 4, i % 4], xlabel="step", ylabel=key, title=titles.get(key, key))
         for run, rows in metrics.items():
             x, y = [[row[k] for row in rows if numbers(row.get(key), 0)] for k in ("step", key)]
             sparse = len(x) < len(rows) / 2  # points: a line would claim what was not measured
             axes.plot(x, y, "." if sparse else "-", markersize=3, label=run.replace("$", r"\$"))
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    groups = [row for row in read_jsonl(Path(runs[-1], "rollouts.jsonl")) if len(row.get("leave_one_out") or []) > 1]
-    if groups:  # the least alike of the last 100
-        import numpy
-        group = min(groups[-100:], key=lambda g: numpy.nanmean(numpy.array(g["leave_one_out"], float)))
-        s = numpy.array(group["leave_one_out"], float)
+    tables = [numpy.array(row["leave_one_out"], float) for row in read_jsonl(Path(runs[-1], "rollouts.jsonl"))
+              if len(row.get("leave_one_out") or []) > 1]
+    if tables := [s for s in tables[-100:] if numpy.isfinite(s).any()]:
+        s = min(tables, key=numpy.nanmean)
         disagreement = "  ".join(f"{d:.2f}" for d in depth_disagreement(torch.tensor(s)).tolist())
         axes = figure.add_subplot(grid[-1, :2], xlabel=f"step j; D_j = {disagreement}", ylabel="rollout i")
-        axes.set_title(f"Fig 7: S_ij at step {group['step']} of {runs[-1]}".replace("$", r"\$"), fontsize=9)
+        axes.set_title("Fig 7: S_ij, the least alike of the last 100 groups of the last run")
         figure.colorbar(axes.imshow(s, aspect="auto"))
     with blame(f"--out {out}: cannot be written"):
         figure.savefig(out, dpi=110)
@@ -1605,7 +1541,7 @@ SOLVER = ("model", "num_rollouts", "temperature", "max_new_tokens_solver", "max_
 COMMANDS = {"train": (train, ALL), "demo": (demo, ALL), "ask": (ask, SOLVER), "eval": (evaluate_file, SOLVER),
             "export": (export, ("model",)), "report": (report, ())}  # function, and the settings that are its flags
 
-class Parser(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}. See --help")
 
@@ -1616,7 +1552,7 @@ def parse_command_line(argv: list[str]) -> tuple[Callable, Config, dict]:
         raise UserError(f"{name}: no such command{nearest(name, COMMANDS)}")
     command, settings = COMMANDS[name]
     others = "\n".join(f"  {other:<8} {inspect.getdoc(f).splitlines()[0]}" for other, (f, _) in COMMANDS.items())
-    parser = Parser(usage=f"ireasoner.py {name} ...", allow_abbrev=False,
+    parser = _Parser(usage=f"ireasoner.py {name} ...", allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     description=f"{inspect.getdoc(command)}\n\nCommands (train if none is given):\n{others}")
     own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("config", "reward")]
@@ -1646,9 +1582,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         message, status = str(error), error.status
     except torch.OutOfMemoryError as error:
-        message, status = (f"the GPU is out of memory ({str(error).splitlines()[0]}). Lower --score_rollouts (now "
-                           f"{config.score_rollouts}), --images_per_rank ({config.images_per_rank}), --num_rollouts "
-                           f"({config.num_rollouts}) or --max_pixels ({config.max_pixels})"), 1
+        message, status = (f"out of memory ({str(error).splitlines()[0]}). Lower --score_rollouts, --images_per_rank, "
+                           "--num_rollouts or --max_pixels"), 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     if message:
