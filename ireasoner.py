@@ -1023,7 +1023,7 @@ def list_images(data: tuple[str, ...]) -> tuple[Path, ...]:
     return tuple(found.values())
 
 def load_image(path: Path) -> Image.Image:
-    """An upright RGB image: first frame, EXIF rotation, alpha on white, 16 bits as 8. UserError if it cannot be used."""
+    """An upright RGB image: first frame, EXIF rotation, alpha on white, 16 bits as 8. Raises UserError."""
     with blame(f"{path}: cannot be read as an image"), Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: convert() would clip, not scale
@@ -1329,7 +1329,7 @@ class Log:
         """The last lines of a run, if it cannot have learned anything."""
         rows = list(read_jsonl(self.run / "metrics.jsonl")) if rank() == 0 else []
         for key, words in (("no_question", "proposals held no question: this backbone does not follow proposer_prompt"),
-                           ("invalid", "rollouts had no <answer>: this backbone does not follow solver_prompt, or is cut off")):
+                           ("invalid", "rollouts had no answer: this backbone does not follow solver_prompt")):
             if statistics.fmean([row[key] for row in rows if key in row] or [0.0]) > 0.5:
                 say(f"Most {words}")
         if self.wandb:

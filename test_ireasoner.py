@@ -144,7 +144,8 @@ def build_backbone(phrases: list[str] = (), text: dict = {}, vision: dict = {}, 
             "max_position_embeddings": 4096, "tie_word_embeddings": True, "bos_token_id": ids["<|endoftext|>"],
             "eos_token_id": ids["<|im_end|>"], **text}
     half = text["hidden_size"] // text["num_attention_heads"] // 2
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [half - 2 * (half * 3 // 8)] + [half * 3 // 8] * 2}
+    section = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
     vision = {"depth": 1, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "fullatt_block_indexes": [0],
               "out_hidden_size": text["hidden_size"], "initializer_range": 0.05, **vision}
     config = transformers.Qwen2_5_VLConfig(
@@ -284,22 +285,22 @@ def demo(config: Config, cancel: float, json_file: str):
     ir.gather(None)  # the other ranks wait for rank 0
     questions, policy = ir.load_questions(str(world / "holdout.jsonl")), Policy(config)
 
-    ir.say(f"\n2. The seed model on {len(questions)} test questions. A trace is sound if every reading, sum and conclusion in "
-           f"it is true.\n{'':<29}  share of right answers       of sound traces   of right answers\n{'':<29}"
-           + "".join(f"{head:>9}" for head in COLUMNS.values()))
-    (before, old), *colder = [judge(policy, None, questions, f"seed model, temperature {t}", t) for t in (1.0, 0.7, 0.5, 0.3)]
+    heads = "  share of right answers       of sound traces   of right answers", "".join(f"{c:>9}" for c in COLUMNS.values())
+    ir.say(f"\n2. The seed model on {len(questions)} test questions. A trace is sound if all that it says is true.\n"
+           + "\n".join(f"{'':<29}{head}" for head in heads))
+    temperatures = (1.0, 0.7, 0.5, 0.3)
+    judged = [judge(policy, None, questions, f"seed model, temperature {t}", t) for t in temperatures]
+    (before, old), controls = judged[0], {str(t): control for t, (control, _) in zip(temperatures, judged) if t < 1}
 
-    ir.say(f"\n3. Self-evolution on the unlabeled pictures: the only reward is agreement. --advantage {config.advantage}"
-           + ": r minus the group's\nmean, over its spread (the paper's is ema)" * (config.advantage == "group"))
+    ir.say(f"\n3. Self-evolution on the unlabeled pictures, rewarded for agreement alone; --advantage {config.advantage}")
     ir.train(config)
     policy.load("solver", ir.list_checkpoints(run)[-1] / "solver")
 
     ir.say("\n4. The same test questions after self-evolution")
     after, new = judge(policy, "solver", questions, "after self-evolution")
-    for was, now in [(was, now) for was, now in zip(old, new) if was["right"][-1] > was["sound"][-1] < now["sound"][-1]][:1]:
-        ir.say(f"Right for the wrong reason, then for the right one: {was['image']}: {was['question']}")
-        for row in (was, now):
-            ir.say("   " + " | ".join([*ir.parse_rollout(row["texts"][-1]).steps, row["votes"][-1]]))
+    mended = [pair for pair in zip(old, new) if pair[0]["right"][-1] > pair[0]["sound"][-1] < pair[1]["sound"][-1]]
+    for row in (mended or [()])[0]:  # first right for a wrong reason, then for a right one
+        ir.say(f"   {row['question']} " + " | ".join([*ir.parse_rollout(row["texts"][-1]).steps, row["votes"][-1]]))
     truth = {row["image"]: row["dice"] for row in ir.read_jsonl(world / "truth.jsonl")}
     rows = [row for row in ir.read_jsonl(run / "rollouts.jsonl") if row["question"]]
     first, last = ([is_ill_posed(row["question"], truth[f"images/{Path(row['image']).name}"]) for row in rows
@@ -307,27 +308,23 @@ def demo(config: Config, cancel: float, json_file: str):
     kls = [row["kl_solver"] for row in ir.read_jsonl(run / "metrics.jsonl") if "kl_solver" in row][-20:]
     result = {"preset": config.preset, "advantage": config.advantage, "cancel": cancel, "seed": config.seed,
               "seconds": round(time.perf_counter() - start, 1), "before": before, "after": after,
-              "controls": {t: control for t, (control, _) in zip(("0.7", "0.5", "0.3"), colder)},
-              "kl": statistics.fmean(kls or [0.0]), "ill_posed_first": statistics.fmean(first or [0.0]),
-              "ill_posed_last": statistics.fmean(last or [0.0])}
+              "controls": controls, "kl": statistics.fmean(kls or [0.0]),
+              "ill_posed_first": statistics.fmean(first or [0.0]), "ill_posed_last": statistics.fmean(last or [0.0])}
     ir.say("\n" + closing_words(result))
     ir.write_json(json_file, result)
 
 def closing_words(result: dict) -> str:
     """What happened, in words that follow from the numbers."""
     before, after = result["before"], result["after"]
-    coldest = max(c["trace_mean_at_n"] for c in result["controls"].values())
-    answers, traces = (after[key] - before[key] for key in ("mean_at_n", "trace_mean_at_n"))
-    verb = lambda gain: "rose" if gain > 0.01 else "fell" if gain < -0.01 else "stayed near where they were"
-    beyond = after["trace_mean_at_n"] > max(coldest, before["trace_mean_at_n"]) + 0.01
-    return (f"In {result['seconds']:.0f} seconds and without a single label, right answers {verb(answers)} "
-            f"({before['mean_at_n']:.0%} -> {after['mean_at_n']:.0%}) and sound traces {verb(traces)}\n"
-            f"({before['trace_mean_at_n']:.0%} -> {after['trace_mean_at_n']:.0%}; greedy {before['trace_greedy']:.0%} -> "
-            f"{after['trace_greedy']:.0%}). A lower temperature alone brings {coldest:.0%} sound traces, so "
-            + ("agreement taught\nmore than sharpening would. " if beyond else "this run\nshows no more than sharpening. ")
-            + f"Of the right answers {before['wrong_reason']:.0%} had an unsound trace before and "
-            f"{after['wrong_reason']:.0%} have one now.\nThe Proposer's ill-posed questions (a color twice, or not in the "
-            f"picture) went from {result['ill_posed_first']:.0%} to {result['ill_posed_last']:.0%}: disagreement pays it.")
+    coldest = max(control["trace_mean_at_n"] for control in result["controls"].values())
+    gain = after["trace_mean_at_n"] - max(coldest, before["trace_mean_at_n"])
+    change = lambda key: f"{before[key]:.0%} -> {after[key]:.0%}"
+    return (f"In {result['seconds']:.0f} seconds and without a label: right answers {change('mean_at_n')}, sound "
+            f"traces {change('trace_mean_at_n')} (greedy {change('trace_greedy')}),\nright answers with an unsound trace "
+            f"{change('wrong_reason')}. A lower temperature alone brings {coldest:.0%} sound traces: "
+            + ("agreement taught\nmore than sharpening. " if gain > 0.01 else "this run shows\nno more than that. ")
+            + f"Ill-posed questions, which disagreement pays: {result['ill_posed_first']:.0%} -> "
+            f"{result['ill_posed_last']:.0%} of all.")
 
 
 # ==== The plain loop: the tests' oracle, and what the benchmark compares with =========================================
@@ -358,7 +355,7 @@ def plain_sample(model, policy: Policy, prompt: Prompt, n: int, new_tokens: int)
     return [Completion(row[ids.shape[1]:].tolist(), torch.empty(0), "", False) for row in out]
 
 def plain_update(model, policy: Policy, optimizer, prompt: Prompt, completions: list[Completion]):
-    """An update as it is usually written with transformers and PEFT: one batched forward each for reference and policy."""
+    """An update as usually written with transformers and PEFT: one batched forward each for reference and policy."""
     with torch.no_grad(), model.disable_adapter():
         reference = plain_logits(model, policy, prompt, completions)
     own = plain_logits(model, policy, prompt, completions)
@@ -405,6 +402,8 @@ def bench(argv: list[str]):
     filler = "x" * max(prompt_tokens - len(policy.prompt_ids(policy.encode_prompts([Prompt(images[0], "")])[0])), 1)
     prompts = [Prompt(image, filler) for image in images]  # a byte is a token
 
+    hidden = policy.completion_hidden
+
     def timed(phase, function, *arguments, share=1.0):
         """Calls the function and adds the seconds that it takes, times a share, to a phase."""
         torch.cuda.synchronize() if gpu else None
@@ -421,8 +420,8 @@ def bench(argv: list[str]):
         for role, count, tokens, share in lengths:
             phase, rewards = "solve" if role == "solver" else "propose", [[i % 2 for i in range(count)]] * len(prompts)
             rollouts = timed(phase, policy.sample, role, encoded, count, tokens, 1.0, step)
-            policy.completion_hidden = functools.partial(
-                timed, lambda: "gradient" if policy.role else "reference", type(policy).completion_hidden, policy, share=share)
+            name = lambda: "gradient" if policy.role else "reference"
+            policy.completion_hidden = functools.partial(timed, name, hidden, share=share)
             optimizer = learners[role].optimizer
             optimizer.step = functools.partial(timed, "optimizer", type(optimizer).step, optimizer, share=share)
             timed(f"update {role}", learners[role].update, encoded, rollouts, rewards, share=share)
@@ -442,12 +441,13 @@ def bench(argv: list[str]):
         lora = LoraConfig(target_modules=r".*language_model\.layers.*_proj", r=16, lora_alpha=32)
         other = get_peft_model(build_backbone(**shapes)[0], lora, "solver")
         other.add_adapter("proposer", dataclasses.replace(lora))
-        optimizers = {role: torch.optim.AdamW([p for name, p in other.named_parameters() if f".{role}." in name], lr=1e-6)
-                      for role in ir.ROLES}
+        weights = {role: [p for name, p in other.named_parameters() if f".{role}." in name] for role in ir.ROLES}
+        optimizers = {role: torch.optim.AdamW(weights[role], lr=1e-6) for role in ir.ROLES}
+    sizes = f"prompt {prompt_tokens}, question {question}, solution {solution} tokens"
     print(f"{args.size}: {sum(p.numel() for p in policy.hf.parameters()) / 1e6:.1f} M parameters, {policy.hf.dtype}, "
           f"{torch.cuda.get_device_name(device) if gpu else torch.backends.cpu.get_cpu_capability()}, "
           f"{torch.get_num_threads()} threads; torch {torch.__version__}, transformers {transformers.__version__}\n"
-          f"{args.images} image(s) x {n} rollouts; prompt {prompt_tokens}, question {question}, solution {solution} tokens")
+          f"{args.images} image(s) x {n} rollouts; {sizes}")
     ours, plain = [], []
     for step in range(args.steps + 1):  # in turn, so that both loops meet the same machine; the first step warms up
         ours.append(our_step(step))
@@ -456,7 +456,8 @@ def bench(argv: list[str]):
     (_, *ours), plain = ours, plain[1:]
     for t in ours:
         t["gradient"] = t["update solver"] + t["update proposer"] - t["reference"] - t["optimizer"]
-    phases = {key: statistics.median(t[key] for t in ours) for key in ("propose", "solve", "reference", "gradient", "optimizer")}
+    names = ("propose", "solve", "reference", "gradient", "optimizer")
+    phases = {key: statistics.median(t[key] for t in ours) for key in names}
     totals = [sum(t[key] for key in phases) for t in ours]
     seconds = statistics.median(totals)
     peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -465,8 +466,8 @@ def bench(argv: list[str]):
               "naive_seconds_per_step": None, "ratio": None}
     for name, value in phases.items():
         print(f"{name:<10} {value:8.3f} s {value / seconds:5.0%}")
-    print(f"{'step':<10} {seconds:8.3f} s [{min(totals):.3f}, {max(totals):.3f}], {result['tokens_per_second']:.0f} tokens/s, "
-          f"{result['images_per_hour']:.0f} images/hour, peak memory {peak / 2**30:.2f} GiB")
+    print(f"{'step':<10} {seconds:8.3f} s [{min(totals):.3f}, {max(totals):.3f}], {result['tokens_per_second']:.0f} "
+          f"tokens/s, {result['images_per_hour']:.0f} images/hour, peak memory {peak / 2**30:.2f} GiB")
     if plain:
         ratios = [sum(p.values()) / t for p, t in zip(plain, totals)]
         solver = [p["solver"] / (t["solve"] + t["update solver"]) for p, t in zip(plain, ours)]
