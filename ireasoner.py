@@ -609,8 +609,7 @@ class Policy:
             self.add_adapters()
 
     def add_adapters(self):
-        """Replaces every linear layer of the language model's blocks (q, k, v, o, gate, up, down) by a LoRALinear, and
-        nothing else: the vision tower stays as it is, so that its output can be computed once per image."""
+        """Replaces each linear layer of the language model's blocks by a LoRALinear. The vision tower stays frozen."""
         torch.manual_seed(derive_seed(self.config.seed, "adapters"))  # the same adapters on every rank
         blocks = self.hf.get_decoder().layers
         for name, layer in list(blocks.named_modules()):
@@ -807,8 +806,7 @@ class Policy:
 
     @torch.no_grad()
     def embed_steps(self, steps: list[str]) -> torch.Tensor:
-        """f(s) of section 3.2: the l2-normalized mean (or sum, which points the same way) of the input-token embeddings
-        of each step, from the frozen table of the backbone: (J, d), float32, on the CPU."""
+        """f(s) of section 3.2: the l2-normalized mean (here sum) of a step's input-token embeddings: (J, d), CPU."""
         table = self.hf.get_input_embeddings().weight
         ids = [self.tokenize(step)[:self.config.embed_max_tokens] for step in steps]
         rows = [table[torch.tensor(i, dtype=torch.long, device=self.device)].float().sum(dim=0) for i in ids]
@@ -1138,8 +1136,7 @@ def save_checkpoint(run: Path, step: int, images: int, policy: Policy, learners:
             shutil.rmtree(old.rename(run / f".{old.name}.part"))
 
 def load_checkpoint(folder: Path, policy: Policy, learners: dict[str, Learner]) -> tuple[int, int]:
-    """Restores both adapters and the trainer state; returns the step and the number of images seen. Nothing is
-    unpickled but tensors and numbers. Raises UserError if the checkpoint is damaged, or not one of ours."""
+    """Restores adapters and trainer state, unpickling tensors and numbers alone; returns the step and images seen."""
     with blame(f"{folder}: damaged. Delete it to resume from the checkpoint before it"):
         state = torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
         for role, learner in learners.items():
@@ -1164,8 +1161,7 @@ class Episode:
     rewards: dict = field(default_factory=lambda: {"r_prop": 0.0})
 
 def train(config: Config, reward: Callable[..., dict] = group_rewards) -> Path:
-    """Self-evolution on a folder of unlabeled images: the paper's loop. Returns the run folder. `reward` is called as
-    `group_rewards` is, once for each question."""
+    """Self-evolution on a folder of unlabeled images, the paper's loop. `reward` is called as `group_rewards` is."""
     device = resolve_device(config.device)
     paths = list_images(config.data)
     training_image(paths, config.seed, 0)  # at least one must be readable: better known before the model loads
@@ -1584,6 +1580,10 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         message, status = (f"out of memory ({str(error).splitlines()[0]}). Lower --score_rollouts, --images_per_rank, "
                            "--num_rollouts or --max_pixels"), 1
+    except RuntimeError as error:
+        if world_size() == 1 or not re.search("gloo|nccl|connection", str(error), re.I):
+            raise
+        message, status = f"rank {rank()} lost another rank; the first error says why", 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     if message:
