@@ -913,8 +913,8 @@ class Learner:
         if count == 0:  # no rank got a question to work on
             return {}
         baseline = reward_sum / count if self.baseline is None else self.baseline  # starts at the first mean [ours]
-        for prompt, group, group_rewards in zip(prompts, completions, rewards):
-            of_group = advantages(group_rewards, baseline, config.advantage if self.role == "solver" else "ema")
+        for prompt, group, earned in zip(prompts, completions, rewards):
+            of_group = advantages(earned, baseline, config.advantage if self.role == "solver" else "ema")
             for i in range(0, len(group), config.score_rollouts):  # only now is the group cut, to bound memory
                 passes.append((prompt, group[i:i + config.score_rollouts], of_group[i:i + config.score_rollouts]))
 
