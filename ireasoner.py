@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "transformers>=5.24", "peft>=0.18", "pillow>=10.1", "numpy"]
+# dependencies = ["torch>=2.6", "transformers>=5.24", "peft>=0.18", "pillow>=10.1", "numpy", "pytest"]
 # ///
 """iReasoner: a vision-language model improves itself on unlabeled images.
 
@@ -17,12 +17,24 @@ Multimodal Models", in one file. One training step:
     python ireasoner.py --data images                          # one GPU: train Qwen2.5-VL-7B on a folder of images
     torchrun --nproc_per_node=8 ireasoner.py --data images     # one node of eight GPUs
 
-Order: Config; the paper, Eq 1 to Eq 8 and the rewards, yours to change; parsing; Policy; Learner; ranks, images, run
-folder; `train`; tools. In brackets the source of a choice: a section of the paper, [code] for the authors' released
+Order: Config; the paper, Eq 1 to Eq 8, then `group_rewards`, yours to change; parsing; Policy; Learner; ranks, images,
+run folder; `train`; tools. In brackets the source of a choice: a section of the paper, [code] for the authors' released
 code, [ours]. Where that code differs from the paper, this file follows the paper.
 
-Axes in shape comments: B prompts (one image each), N rollouts per question, P prompt tokens, R completion tokens,
-V vocabulary, d model width, J steps of a trace, G the majority group.
+Where the defaults do not take the paper at its word:
+- Eq 1: a rollout without a complete <answer> is invalid. It counts in N, but never votes, and earns 0.
+- g(H) is taken of the valid rollouts' entropy and multiplied by their share; else breaking the Solver would pay best.
+- Eq 3: a step position that fewer than two traces of G have is left out: one trace always agrees with itself.
+- Eq 4: the weights w_j are normalized over a trace's comparable positions; as printed, the sum grows with their number.
+- Eq 7: log pi is the mean over a rollout's tokens, not their sum (--logprob_reduction sum). beta has narrow bounds.
+- A step takes one image per rank, so 2,500 steps on eight ranks see 20,000 images; the paper counts 2,500 images.
+- Table 2's rows "gamma = 0.5" and "1.0" vary what Eq 5 calls alpha: here they are the presets alpha_0.5 and alpha_1.0.
+
+Symbols: x image, q question, y_i rollout, a_i its normalized answer (`vote`), s_ij step, e_ij its embedding, a_hat the
+majority answer, G the rollouts that gave it, mu_j prototype, r_tilde agreement of a trace, rho density, lam lambda(t),
+kappa `position_decay`, b baseline, beta `kl_coef`, tau `kl_target`, eta of Eq 8 `kl_adapt_rate`.
+Axes in shape comments: B prompts (one image each), N rollouts of a question, P prompt tokens, R completion tokens,
+M completion tokens of several rollouts in one row, V vocabulary, d model width, J steps of a trace.
 """
 import argparse
 import contextlib
@@ -42,9 +54,11 @@ import signal
 import statistics
 import sys
 import time
+import typing
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -66,20 +80,44 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def blame(culprit: str):
-    """Errors inside the block become a UserError: the culprit, then the library's words. IREASONER_DEBUG=1: as is."""
+    """Errors inside the block become a UserError: the culprit, then the library's words. A mistake in code keeps its
+    traceback, as does everything under IREASONER_DEBUG=1."""
     try:
         yield
+    except (UserError, torch.OutOfMemoryError, NameError, AttributeError, TypeError, AssertionError):
+        raise
     except Exception as error:
-        if isinstance(error, (UserError, torch.OutOfMemoryError)) or os.environ.get("IREASONER_DEBUG"):
+        if os.environ.get("IREASONER_DEBUG"):
             raise
-        raise UserError(f"{culprit} ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
+        words = " ".join(str(error).split())
+        raise UserError(f"{culprit} ({type(error).__name__}: {words[:300]})") from error
 
 
 # ---- Config: one line per setting makes the field, its flag, its --help text, its check and its entry in config.json -
 
+PRESETS = {  # the rows of the paper's tables: what each changes
+    "ireasoner": {},                                                   # Table 2, Ours, Full
+    "evolmm": {"lambda_max": 0.0},                                     # Table 2, soft majority reward only
+    "discrete": {"answer_reward": "discrete", "lambda_max": 0.0},      # Table 1
+    "discrete_step": {"answer_reward": "discrete"},                    # Table 1
+    "step_only": {"lambda_max": 1.0, "lambda_schedule": "constant"},   # Table 2, from here on
+    "no_warmup": {"lambda_schedule": "constant"},
+    "no_position_decay": {"position_decay": 0.0},
+    "no_density": {"gamma": 0.0},
+    "no_length_penalty": {"eta": 0.0},
+    "alpha_0.5": {"alpha": 0.5},                                       # printed as gamma = 0.5
+    "alpha_1.0": {"alpha": 1.0},                                       # printed as gamma = 1.0
+    "steps_4": {"max_reasoning_steps": 4},                             # Table 3, from here on
+    "steps_6": {"max_reasoning_steps": 6},
+    "steps_10": {"max_reasoning_steps": 10},
+}
+
+UNSET = object()  # a setting that was not given: its value comes from the preset, or else it is the default
+
 def setting(default, allowed, meaning: str, resumable: bool = False):
     """A field of Config. `allowed`: inclusive (low, high), words, or None. `resumable`: --resume may change it."""
-    return field(default=default, metadata={"allowed": allowed, "meaning": meaning, "resumable": resumable})
+    return field(default=UNSET, metadata={"default": default, "allowed": allowed, "meaning": meaning,
+                                          "resumable": resumable})
 
 @dataclass(kw_only=True)
 class Config:
@@ -89,8 +127,8 @@ class Config:
     data: tuple = setting(("images",), None, "folders of unlabeled images, recursive [4.1]")
     output_dir: str = setting("runs", None, "folder that holds the run folders [ours]", resumable=True)
     run_name: str = setting("", None, "name of the run folder; empty: PRESET_seedSEED [ours]", resumable=True)
-    preset: str = setting("ireasoner", None, "row of the paper's Tables 1 to 3; explicit flags win over it [4.1]")
-    resume: bool = setting(False, None, "go on from the newest checkpoint of the run folder [ours]", resumable=True)
+    preset: str = setting("ireasoner", list(PRESETS), "row of the paper's Tables 1 to 3; explicit flags win [4.1]")
+    resume: bool = setting(False, None, "continue the run, or start it where there is none yet [ours]", resumable=True)
     # loop
     total_steps: int = setting(2500, (1, 999999), "training steps; lambda(t) is a share of them [4.1]", resumable=True)
     num_rollouts: int = setting(5, (1, 1024), "N, Solver rollouts per question [4.1]")
@@ -120,7 +158,7 @@ class Config:
     weight_decay: float = setting(0.01, (0, 1), "AdamW weight decay [4.1]")
     grad_clip: float = setting(1.0, (1e-9, 1e9), "largest gradient norm of a role [4.1]")
     logprob_reduction: str = setting("mean", ["mean", "sum"], "log pi of a rollout from its tokens, Eq 7 [ours]")
-    advantage: str = setting("ema", ["ema", "group"], "Solver: r - EMA baseline, or normalized in the group [4.1]")
+    advantage: str = setting("ema", ["ema", "mean", "group"], "Solver: r - EMA baseline; r - mean; GRPO's [4.1]")
     baseline_momentum: float = setting(0.9, (0, 1), "momentum of the EMA baseline b, Eq 7 [code]")
     kl_coef: float = setting(1e-3, (0, 1e6), "beta at the first step, Eq 8 [code]")
     kl_coef_min: float = setting(1e-3, (0, 1e6), "lower bound of beta, Eq 8 [ours]")
@@ -137,63 +175,74 @@ class Config:
     seed: int = setting(0, (0, 2**31), "of adapters, data order and sampling [ours]")
     save_every: int = setting(50, (1, 10**7), "steps between checkpoints [ours]", resumable=True)
     keep_checkpoints: int = setting(3, (1, 10**6), "newest checkpoints kept [ours]", resumable=True)
-    show_every: int = setting(25, (0, 10**7), "steps between printed rollout groups, 0 for none [ours]", resumable=True)
+    show_every: int = setting(25, (0, 10**7), "steps between printed rollouts, 0 for none [ours]", resumable=True)
     watch_every: int = setting(25, (0, 10**7), "steps between looks for collapse, 0 for none [ours]", resumable=True)
     wandb: str = setting("", None, "log to this Weights & Biases project; empty: do not [ours]", resumable=True)
 
-    def __new__(cls, **given):
-        config = super().__new__(cls)
-        config.given = given  # what was set explicitly wins over the preset
-        return config
+    filled: InitVar[dict | None] = None  # what was not given, and the value it got; `dataclasses.replace` passes it on
 
-    def __post_init__(self):
-        if self.preset not in PRESETS:
-            raise UserError(f"--preset {self.preset}: no such preset{nearest(str(self.preset), PRESETS)}")
-        for name, value in PRESETS[self.preset].items():
-            setattr(self, name, self.given.get(name, value))
-        self.data = tuple(map(str, self.data if isinstance(self.data, (list, tuple)) else [self.data]))
+    def __post_init__(self, filled: dict | None):
+        of_preset = PRESETS.get(self.preset, {})
+        before = filled or {}
+        self.filled = {}
         for f in dataclasses.fields(self):
-            value, allowed = getattr(self, f.name), f.metadata["allowed"]
-            value = float(value) if f.type is float and type(value) is int else value
-            setattr(self, f.name, value)
-            if type(value) is not f.type or isinstance(allowed, list) and value not in allowed or (
-                    isinstance(allowed, tuple) and not allowed[0] <= value <= allowed[1]):
-                raise UserError(f"--{f.name} {value!r}: must be {describe(f)}. {f.metadata['meaning']}")
+            value = getattr(self, f.name)
+            unchanged = f.name in before and value == before[f.name]
+            if value is UNSET or unchanged:
+                value = of_preset.get(f.name, f.metadata["default"])
+                self.filled[f.name] = value
+            setattr(self, f.name, valid_value(f, value))
         if not self.kl_coef_min <= self.kl_coef <= self.kl_coef_max:
             raise UserError(f"--kl_coef {self.kl_coef:g}: must lie between --kl_coef_min and --kl_coef_max, "
                             f"{self.kl_coef_min:g} and {self.kl_coef_max:g}")
 
+    @property
+    def given(self) -> dict:
+        """The settings that were set by hand."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.filled}
+
+def valid_value(f: dataclasses.Field, value):
+    """A value as the type of its setting. Raises UserError if it is of another type or not allowed."""
+    types = typing.get_args(f.type) or (f.type,)  # (float, NoneType) for float | None
+    allowed = f.metadata["allowed"]
+    if isinstance(value, numpy.generic):
+        value = value.item()
+    if isinstance(value, Path):
+        value = str(value)
+    if float in types and type(value) is int:
+        value = float(value)
+    if f.type is tuple:
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        value = tuple(str(part) for part in parts)
+    fits = type(value) in types
+    if fits and isinstance(allowed, list):
+        fits = value in allowed
+    if fits and isinstance(allowed, tuple) and value is not None:
+        fits = allowed[0] <= value <= allowed[1]
+    if not fits:
+        hint = nearest(str(value), allowed) if isinstance(allowed, list) else "."
+        raise UserError(f"--{f.name} {value!r} ({f.metadata['meaning']}): must be {describe(f)}{hint}")
+    return value
+
 def describe(f: dataclasses.Field) -> str:
     """What a setting may be, in words."""
     allowed = f.metadata["allowed"]
-    return (f"one of {', '.join(allowed)}" if isinstance(allowed, list) else
-            f.type.__name__ + (f" from {allowed[0]:g} to {allowed[1]:g}" if allowed else ""))
-
-PRESETS = {  # the rows of the paper's tables: what each changes
-    "ireasoner": {},                                                   # Table 2, Ours, Full
-    "evolmm": {"lambda_max": 0.0},                                     # Table 2, soft majority reward only
-    "discrete": {"answer_reward": "discrete", "lambda_max": 0.0},      # Table 1
-    "discrete_step": {"answer_reward": "discrete"},                    # Table 1
-    "step_only": {"lambda_max": 1.0, "lambda_schedule": "constant"},   # Table 2, from here on
-    "no_warmup": {"lambda_schedule": "constant"},
-    "no_position_decay": {"position_decay": 0.0},
-    "no_density": {"gamma": 0.0},
-    "no_length_penalty": {"eta": 0.0},
-    "alpha_0.5": {"alpha": 0.5},
-    "alpha_1.0": {"alpha": 1.0},
-    "steps_4": {"max_reasoning_steps": 4},                             # Table 3, from here on
-    "steps_6": {"max_reasoning_steps": 6},
-    "steps_10": {"max_reasoning_steps": 10},
-}
+    if isinstance(allowed, list):
+        return f"one of {', '.join(allowed)}"
+    kind = getattr(f.type, "__name__", str(f.type))
+    if allowed:
+        return f"{kind} from {allowed[0]:g} to {allowed[1]:g}"
+    return kind
 
 def nearest(word: str, known) -> str:
     """The end of an error message: the nearest known word, if one is near."""
     near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]}? See --help" if near else ". See --help"
+    return f"; did you mean {near[0]}?" if near else "."
 
 def derive_seed(*keys) -> int:
     """Mixes integers and strings into one 63-bit seed, the same on every machine; near keys give unrelated seeds."""
-    return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), "big") >> 1
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 # ---- The paper, section 3.1: prompts, the answer distribution (Eq 1), the Proposer's reward --------------------------
@@ -219,13 +268,15 @@ def answer_distribution(answers: list[str | None]) -> dict[str, float]:
     >>> answer_distribution(["7", "7", "8", None, "7"])
     {'7': 0.6, '8': 0.2}
     """
-    return {answer: count / len(answers) for answer, count in Counter(a for a in answers if a is not None).items()}
+    counts = Counter(a for a in answers if a is not None)
+    return {a: count / len(answers) for a, count in counts.items()}
 
 def answer_entropy(answers: list[str | None]) -> float:
     """H(x, q) = -sum p log p in nats (section 3.1). Each invalid rollout (None) is an outcome of its own with mass
     1/N, so that garbage never looks like agreement [ours]."""
-    outcomes = Counter(i if a is None else a for i, a in enumerate(answers))
-    return math.fsum(k / len(answers) * math.log(len(answers) / k) for k in outcomes.values())
+    n = len(answers)
+    outcomes = Counter(i if a is None else a for i, a in enumerate(answers))  # a number for each invalid rollout
+    return math.fsum(count / n * math.log(n / count) for count in outcomes.values())
 
 def entropy_reward(entropy: float, mu: float = 0.90, sigma: float = 0.35) -> float:
     """g(H), the Proposer's reward (section 3.1; form and values from the released code): a bell around H = mu nats,
@@ -236,15 +287,17 @@ def entropy_reward(entropy: float, mu: float = 0.90, sigma: float = 0.35) -> flo
 # ---- The paper, section 3.2: agreement of the steps inside the majority group (Eq 2-4, Figure 7) ---------------------
 
 def dominant_group(answers: list[str | None]) -> tuple[str | None, list[int]]:
-    """Eq 2, the majority answer and the rollouts G that gave it. Ties go to the answer seen first; without any valid
-    answer the result is (None, []).
+    """Eq 2, the majority answer a_hat and the rollouts G that gave it. Ties go to the answer seen first; without any
+    valid answer the result is (None, []).
 
     >>> dominant_group(["8", "7", None, "7", "8"])
     ('8', [0, 4])
     """
-    votes = Counter(a for a in answers if a is not None)
-    majority = max(votes, key=votes.get, default=None)  # the first of equals: Counter keeps the order of appearance
-    return majority, [i for i, a in enumerate(answers) if a is not None and a == majority]
+    p = answer_distribution(answers)
+    if not p:
+        return None, []
+    a_hat = max(p, key=p.get)  # the first of equals: p keeps the order of appearance
+    return a_hat, [i for i, a in enumerate(answers) if a == a_hat]
 
 def group_density(group_size: int, num_rollouts: int, gamma: float = 0.7) -> float:
     """Eq 2, rho = (|G| / N)^gamma: how far the majority can be trusted. gamma from the released code."""
@@ -255,50 +308,60 @@ def step_prototypes(embeddings: list[torch.Tensor], group: list[int], min_group:
     embeddings[i] is (J_i, d), one row per step; the keys are 0-based positions, the values (d,). A position with
     |G_j| < `min_group` is left out [code]: the similarity of one trace with itself is no agreement."""
     prototypes = {}
-    for j in range(max((len(embeddings[i]) for i in group), default=0)):
-        members = [embeddings[i][j] for i in group if j < len(embeddings[i])]                           # e_ij, i in G_j
-        if len(members) >= min_group:
-            prototypes[j] = torch.stack(members).mean(dim=0)
+    longest = max((len(embeddings[i]) for i in group), default=0)
+    for j in range(longest):
+        e_j = [embeddings[i][j] for i in group if j < len(embeddings[i])]  # e_ij of the i in G_j
+        if len(e_j) >= min_group:
+            prototypes[j] = torch.stack(e_j).mean(dim=0)
     return prototypes
 
-def step_similarity(embeddings: list[torch.Tensor], group: list[int], min_group: int = 2,
-                    leave_one_out: bool = False) -> torch.Tensor:
-    """r_ij = cos(e_ij, mu_j) in [-1, 1] (section 3.2): (|G|, J) with J the longest trace of the group, NaN where
-    rollout i has no step j or the position cannot be compared. Zero vectors and non-finite values count as 0. With
-    `leave_one_out`, mu_j is the mean over the other members of the group."""
-    similarity = torch.full((len(group), max((len(embeddings[i]) for i in group), default=0)), math.nan)
-    for row, i in enumerate(group):
-        members = [k for k in group if k != i] if leave_one_out else group
-        for j, mu_j in step_prototypes(embeddings, members, min_group - leave_one_out).items():
+def step_similarity(embeddings: list[torch.Tensor], group: list[int], min_group: int = 2) -> torch.Tensor:
+    """r_ij = sim(e_ij, mu_j), the cosine, in [-1, 1] (section 3.2): (|G|, J) with J the longest trace of the group, NaN
+    where rollout i has no step j or the position cannot be compared. Zero vectors and non-finite values give 0."""
+    longest = max((len(embeddings[i]) for i in group), default=0)
+    r_ij = torch.full((len(group), longest), math.nan)
+    for j, mu_j in step_prototypes(embeddings, group, min_group).items():
+        for row, i in enumerate(group):
             if j < len(embeddings[i]):
                 cosine = F.cosine_similarity(embeddings[i][j].double(), mu_j.double(), dim=0)
-                similarity[row, j] = cosine.nan_to_num(0.0, 0.0, 0.0)
-    return similarity
+                r_ij[row, j] = cosine.nan_to_num(0.0, 0.0, 0.0)
+    return r_ij
 
 def position_weights(num_steps: int, decay: float = 0.15) -> torch.Tensor:
     """Eq 4, w_j = exp(-kappa (j - 1)): (num_steps,), not normalized. Early steps weigh more. kappa [code]."""
     return torch.exp(-decay * torch.arange(num_steps, dtype=torch.float32))
 
-def trajectory_reward(similarity: torch.Tensor, group: list[int], num_rollouts: int, gamma: float = 0.7,
-                      decay: float = 0.15) -> torch.Tensor:
-    """Eq 4, r_step = rho * sum_j w_j r_ij for all N rollouts: r_ij (|G|, J) -> (N,).
-    The w_j are normalized to sum to 1 over the positions where r_ij is defined [ours], so that the reward does not grow
-    with the number of steps. Rollouts outside the group, and those with nothing to compare, get 0."""
-    weights = position_weights(similarity.shape[1], decay) * ~similarity.isnan()                         # (|G|, J)
-    mean = (weights * similarity.nan_to_num(0.0)).sum(dim=1) / weights.sum(dim=1).clamp_min(1e-30)       # (|G|,)
-    rewards = torch.zeros(num_rollouts)
-    rewards[group] = group_density(len(group), max(num_rollouts, 1), gamma) * mean
-    return rewards
+def trajectory_agreement(r_ij: torch.Tensor, decay: float = 0.15) -> torch.Tensor:
+    """Eq 4, r_tilde_i = sum_j w_j r_ij: (|G|, J) -> (|G|,). The w_j are normalized to sum to 1 over the positions where
+    r_ij is defined [ours], so that it does not grow with the number of steps. 0 where nothing can be compared."""
+    defined = ~r_ij.isnan()
+    w = position_weights(r_ij.shape[1], decay) * defined  # (|G|, J)
+    weighted = w * r_ij.nan_to_num(0.0)
+    return weighted.sum(dim=1) / w.sum(dim=1).clamp_min(1e-30)
 
 def step_agreement(embeddings: list[torch.Tensor], group: list[int], num_rollouts: int, gamma: float = 0.7,
                    decay: float = 0.15, min_group: int = 2) -> torch.Tensor:
-    """Eq 2-4, the intrinsic CoT agreement reward r_step of all N rollouts: (N,), finite on any input.
-    embeddings[i] is (J_i, d), one row per step; `group` holds the rollouts with the majority answer."""
-    return trajectory_reward(step_similarity(embeddings, group, min_group), group, num_rollouts, gamma, decay)
+    """Eq 2-4, the intrinsic CoT agreement reward r_step = rho r_tilde of all N rollouts: (N,), finite on any input.
+    embeddings[i] is (J_i, d), one row per step; `group` is G. Rollouts outside of G get 0."""
+    r_step = torch.zeros(num_rollouts)
+    if group:
+        rho = group_density(len(group), num_rollouts, gamma)
+        r_ij = step_similarity(embeddings, group, min_group)  # (|G|, J)
+        r_tilde = trajectory_agreement(r_ij, decay)  # (|G|,)
+        r_step[group] = rho * r_tilde
+    return r_step
 
 def leave_one_out_similarity(embeddings: list[torch.Tensor], group: list[int]) -> torch.Tensor:
-    """Figure 7, S_ij = cos(e_ij, mean of e_kj over the other members k of the group): (|G|, J), NaN where undefined."""
-    return step_similarity(embeddings, group, leave_one_out=True)
+    """Figure 7, S_ij = sim(e_ij, mean of e_kj over the other members k of the group): (|G|, J), NaN where undefined."""
+    longest = max((len(embeddings[i]) for i in group), default=0)
+    s_ij = torch.full((len(group), longest), math.nan)
+    for row, i in enumerate(group):
+        others = [k for k in group if k != i]
+        for j, mean in step_prototypes(embeddings, others, min_group=1).items():
+            if j < len(embeddings[i]):
+                cosine = F.cosine_similarity(embeddings[i][j].double(), mean.double(), dim=0)
+                s_ij[row, j] = cosine.nan_to_num(0.0, 0.0, 0.0)
+    return s_ij
 
 def depth_disagreement(similarity: torch.Tensor) -> torch.Tensor:
     """Figure 7, D_j = 1 - mean of S_ij over the i that have it: (|G|, J) -> (J,), NaN where none has."""
@@ -309,15 +372,19 @@ def depth_disagreement(similarity: torch.Tensor) -> torch.Tensor:
 
 def length_excess(words: int, target: int = 64) -> float:
     """Eq 5, the normalized excess length: 0 up to `target` words before the answer, 1 from twice as many on [code]."""
-    return min(max((words - target) / target, 0.0), 1.0)
+    excess = (words - target) / target
+    return min(max(excess, 0.0), 1.0)
 
 def answer_reward(p_answer: float, excess: float, alpha: float = 0.7, eta: float = 0.05) -> float:
     """Eq 5, r_ans = p(a_i|x,q)^alpha (1 - eta * excess)."""
     return p_answer ** alpha * (1 - eta * excess)
 
-def step_reward_weight(step: int, total_steps: int, lam_max: float = 0.7, warmup_frac: float = 0.3) -> float:
+def step_reward_weight(step: int, total_steps: int, lam_max: float = 0.7, warmup_frac: float = 0.3,
+                       schedule: str = "ramp") -> float:
     """Eq 6, lambda(t): 0 for the first `warmup_frac` of all steps, then linear to `lam_max` at the last step. `step`
-    is the global step, counted from 1, so a resumed run continues the ramp."""
+    is the global step, counted from 1, so a resumed run continues the ramp. Schedule "constant": always `lam_max`."""
+    if schedule == "constant":
+        return lam_max
     progress = (step / total_steps - warmup_frac) / max(1 - warmup_frac, 1e-9)
     return lam_max * min(max(progress, 0.0), 1.0)
 
@@ -340,18 +407,24 @@ def token_statistics(hidden: torch.Tensor, ref_hidden: torch.Tensor, token_ids: 
                      temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Eq 7, log pi(token) and the exact KL(pi || pi_ref) = sum_v pi(v) (log pi(v) - log pi_ref(v)), in nats, at M token
     positions: (M, d), (M, d), (M,) -> (M,), (M,). The log-softmax is float32, at the sampling temperature."""
-    logp = torch.log_softmax(lm_head(hidden).float() / temperature, dim=-1)                             # (M, V)
+    logp = torch.log_softmax(lm_head(hidden).float() / temperature, dim=-1)  # (M, V)
     with torch.no_grad():
-        ref_logp = torch.log_softmax(lm_head(ref_hidden).float() / temperature, dim=-1)                 # (M, V)
-    return logp.gather(-1, token_ids[:, None])[:, 0], (logp.exp() * (logp - ref_logp)).sum(dim=-1)
+        ref_logp = torch.log_softmax(lm_head(ref_hidden).float() / temperature, dim=-1)  # (M, V)
+    token_logp = logp.gather(-1, token_ids[:, None])[:, 0]  # (M,)
+    kl = (logp.exp() * (logp - ref_logp)).sum(dim=-1)  # (M,)
+    return token_logp, kl
 
 def advantages(rewards: list[float], baseline: float, kind: str = "ema") -> list[float]:
-    """Eq 7, what multiplies log pi, for all rollouts of one question. "ema" is the paper's r - b. "group" is GRPO's
-    (r - mean) / (sd + 1e-3) with the population sd of these rewards [ours]; it ignores b, and one rollout gets 0."""
-    if kind == "group":
-        mean, sd = statistics.fmean(rewards), statistics.pstdev(rewards)
-        return [(r - mean) / (sd + 1e-3) for r in rewards]
-    return [r - baseline for r in rewards]
+    """Eq 7, what multiplies log pi, for all rollouts of one question.
+    "ema" is the paper's r - b. The others ignore b: "mean" is r - mean of these rewards [ours]; "group" is GRPO's
+    (r - mean) / (sd + 1e-3) with their population sd [ours]. With these, a single rollout gets 0."""
+    if kind == "ema":
+        return [r - baseline for r in rewards]
+    mean = statistics.fmean(rewards)
+    if kind == "mean":
+        return [r - mean for r in rewards]
+    sd = statistics.pstdev(rewards)
+    return [(r - mean) / (sd + 1e-3) for r in rewards]
 
 def update_baseline(baseline: float, mean_reward: float, momentum: float = 0.9) -> float:
     """Eq 7, the EMA baseline: b <- m b + (1 - m) mean(r), after the step that used b. m from the released code."""
@@ -363,7 +436,9 @@ def adapt_kl_coef(beta: float, kl: float, target: float = 0.02, rate: float = 0.
     KL of NaN leaves beta where it is. The bounds are ours: the rule is an integrator, and with the released code's wide
     bounds beta falls while the KL is small, reacts too late when it rises, and then overshoots."""
     exponent = rate * (kl - target) / target
-    exponent = 0.0 if math.isnan(exponent) else min(max(exponent, -700.0), 700.0)  # math.exp overflows at 710
+    if math.isnan(exponent):
+        exponent = 0.0
+    exponent = min(max(exponent, -700.0), 700.0)  # math.exp overflows at 710
     return min(max(beta * math.exp(exponent), beta_min), beta_max)
 
 def group_rewards(rollouts: list["Rollout"], embeddings: list[torch.Tensor], lam: float, config: Config,
@@ -373,28 +448,50 @@ def group_rewards(rollouts: list["Rollout"], embeddings: list[torch.Tensor], lam
     the Solver and "r_prop", a number, the Proposer. All else is only logged: everything in rollouts.jsonl, and numbers
     and lists of N numbers (None allowed) also as their mean in metrics.jsonl."""
     n = len(rollouts)
-    answers = [r.vote for r in rollouts]
+    answers = [rollout.vote for rollout in rollouts]
     valid = [a for a in answers if a is not None]
     p = answer_distribution(answers)
-    majority, group = dominant_group(answers)
-    r_ij = step_similarity(embeddings, group, config.min_group_size)                                    # (|G|, J)
-    r_step = trajectory_reward(r_ij, group, n, config.gamma, config.position_decay).tolist()
-    if config.answer_reward == "soft":
-        r_ans = [0.0 if a is None else answer_reward(p[a], length_excess(r.words_before_answer, config.target_words),
-                                                     config.alpha, config.eta) for a, r in zip(answers, rollouts)]
-        r_prop = entropy_reward(answer_entropy(valid), config.entropy_mu, config.entropy_sigma)
-    else:
-        r_ans = [float(a is not None and a == majority) for a in answers]
+    a_hat, group = dominant_group(answers)
+    r_step = step_agreement(embeddings, group, n, config.gamma, config.position_decay, config.min_group_size).tolist()
+
+    r_ans = [0.0] * n
+    for i, a in enumerate(answers):
+        if config.answer_reward == "discrete":
+            r_ans[i] = float(i in group)
+        elif a is not None:
+            excess = length_excess(rollouts[i].words_before_answer, config.target_words)
+            r_ans[i] = answer_reward(p[a], excess, config.alpha, config.eta)
+    r_sol = [mix_rewards(r_ans[i], r_step[i], lam) for i in range(n)]
+
+    entropy_valid = answer_entropy(valid)
+    if config.answer_reward == "discrete":
         r_prop = float(1 < len(group) < len(valid))  # some, but not all, valid rollouts agree
+    else:
+        r_prop = entropy_reward(entropy_valid, config.entropy_mu, config.entropy_sigma)
     # The valid share [ours]: with invalid rollouts as outcomes, breaking the Solver would be the best question.
     r_prop *= len(valid) / n
-    cosines = dict(zip(group, r_ij.nanmean(dim=1).tolist()))
-    return {"r_sol": [mix_rewards(a, s, lam) for a, s in zip(r_ans, r_step)], "r_prop": r_prop,
-            "r_ans": r_ans, "r_step": r_step, "majority": [i in group for i in range(n)], "group_size": len(group),
-            "density": group_density(len(group), n, config.gamma), "entropy": answer_entropy(answers),
-            "step_cosine": [cosines.get(i) for i in range(n)],
-            "comparable_steps": int((~r_ij.isnan()).any(dim=0).sum()),
-            "leave_one_out": leave_one_out_similarity(embeddings, group).tolist()}
+
+    rewards = {"r_sol": r_sol, "r_prop": r_prop, "r_ans": r_ans, "r_step": r_step}
+    rewards["entropy"] = answer_entropy(answers)
+    rewards["entropy_valid"] = entropy_valid
+    rewards |= group_statistics(embeddings, group, n, config)
+    return rewards
+
+def group_statistics(embeddings: list[torch.Tensor], group: list[int], num_rollouts: int, config: Config) -> dict:
+    """What Figures 3, 5 and 7 show of one question's majority group; only logged."""
+    r_ij = step_similarity(embeddings, group, config.min_group_size)  # (|G|, J)
+    step_cosine = [None] * num_rollouts
+    for i, cosine_i in zip(group, r_ij.nanmean(dim=1).tolist()):
+        step_cosine[i] = cosine_i
+    comparable = (~r_ij.isnan()).any(dim=0)
+    return {
+        "majority": [i in group for i in range(num_rollouts)],
+        "group_size": len(group),
+        "density": group_density(len(group), num_rollouts, config.gamma) if group else 0.0,
+        "step_cosine": step_cosine,
+        "comparable_steps": int(comparable.sum()),
+        "leave_one_out": leave_one_out_similarity(embeddings, group).tolist(),
+    }
 
 
 # ---- Parsing: what a model wrote (section 3.1). Nothing here raises, on any text; all of it is linear or quadratic ---
@@ -410,17 +507,30 @@ class Rollout:
 
     @property
     def vote(self) -> str | None:
-        """The normalized answer; None if the rollout is invalid: no complete <answer>, or an empty one."""
+        """a_i, the normalized answer; None if the rollout is invalid: no complete <answer>, or an empty one."""
         return normalize_answer(self.answer or "") or None
+
+_QUESTION_TAG = re.compile(r"<question>((?:(?!</?question>).)*)</question>", re.I | re.S)
+_UNTAGGED_QUESTION = re.compile(r"[\s#>*_-]*(?:question[\s*_\d]{0,9}:[\s*_]*)?(.*?[?？])", re.I)
 
 def parse_question(text: str) -> str | None:
     """The question in the Proposer's reply, on one line, or None: the content of <question>...</question>, else the
     first line with a question mark, up to the mark."""
-    tagged = re.search(r"<question>((?:(?!</?question>).)*)</question>", text, re.I | re.S)
-    lines = [line for line in re.split(r"\n|</?question>", text, flags=re.I) if "?" in line or "？" in line]
-    untagged = [re.match(r"[\s#>*_-]*(?:question[\s*_\d]{0,9}:[\s*_]*)?(.*?[?？])", line, re.I)[1] for line in lines]
-    candidates = [tagged[1]] if tagged else untagged
-    return next((" ".join(c.split()) for c in candidates if re.search(r"\w", c)), None)
+    tagged = _QUESTION_TAG.search(text)
+    candidates = []
+    if tagged:
+        candidates.append(tagged[1])
+    else:
+        for line in re.split(r"\n|</?question>", text, flags=re.I):
+            if "?" in line or "？" in line:
+                candidates.append(_UNTAGGED_QUESTION.match(line)[1])
+    for candidate in candidates:
+        if re.search(r"\w", candidate):
+            return " ".join(candidate.split())
+    return None
+
+_ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.I | re.S)
+_THINK = re.compile(r"(?:.*?<think>)?(.*?)(?:</think>|\Z)", re.I | re.S)  # some chat templates open <think> themselves
 
 def parse_rollout(text: str, max_steps: int = 8) -> Rollout:
     """Splits a Solver reply into trace t_i, steps s_ij and answer a_i (section 3.1).
@@ -428,95 +538,152 @@ def parse_rollout(text: str, max_steps: int = 8) -> Rollout:
     >>> parse_rollout("<think>Step 1: red is 3\\nStep 2: 3 + 4 = 7</think><answer> 7 </answer>").steps
     ['red is 3', '3 + 4 = 7']
     """
-    answers = list(re.finditer(r"<answer>((?:(?!</?answer>).)*)</answer>", text, re.I | re.S))
-    before = text[:answers[-1].start()] if answers else re.split("<answer>", text, maxsplit=1, flags=re.I)[0]
-    think = re.match("(?:.*?<think>)?(.*?)(?:</think>|\\Z)", before, re.I | re.S)[1].strip()
+    answers = list(_ANSWER_TAG.finditer(text))
+    if answers:
+        answer = answers[-1][1].strip()
+        before = text[:answers[-1].start()]
+    else:
+        answer = None
+        before = re.split("<answer>", text, maxsplit=1, flags=re.I)[0]
+    think = _THINK.match(before)[1].strip()
     words = re.sub(r"</?(?:think|answer|step)>", " ", before, flags=re.I).split()
-    return Rollout(text, think, split_steps(think, max_steps), answers[-1][1].strip() if answers else None, len(words))
+    return Rollout(text, think, split_steps(think, max_steps), answer, len(words))
 
-_STEP_TAG = re.compile(r"(?P<line>)<step[^<>]{0,30}>(?:\s*step ?\d{1,3}[:.)-])?", re.I)
-_STEP_WORD = re.compile(  # behind markdown at the start of a line, or in the middle of one
+# Labels of steps, each with its number: "line" matches where it begins a line, perhaps behind markdown
+_STEP_TAG = re.compile(r"(?P<line>)<step[^<>]{0,30}>(?:\s*step ?(?P<number>\d{1,3})[:.)-])?", re.I)
+_STEP_WORD = re.compile(
     r"(?:(?P<line>^[ \t#>*_+•-]*(?:\d{1,2}[.)] ?)?)|(?<=\s)(?:\*\*|__)?)step ?#?(?P<number>\d{1,3})(?:\*\*|__)? ?"
     r"(?:[:)\]–—]|\.(?!\d)|-(?=\s)|$)(?:\*\*|__)?", re.I | re.M)
-_NUMBERED = re.compile(r"(?P<line>^[ \t#>*_+•-]*)\(?\d{1,2}[.)](?!\d)(?:\*\*|__)?", re.M)
+_NUMBERED = re.compile(r"(?P<line>^[ \t#>*_+•-]*)\(?(?P<number>\d{1,2})[.)](?!\d)(?:\*\*|__)?", re.M)
+_MENTION = re.compile(r"\b(?:in|of|from|by|to|with|after|before|see|using|at|as|and|or|for|than|on) +\Z", re.I)
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!Fig\.)\s+|(?<=[。！？])|\n\s*")
 
 def split_steps(think: str, max_steps: int = 8) -> list[str]:
     """The numbered claims of a trace, in order, at most `max_steps` (section 3.2: s_i1 ... s_iJ).
     Reads `Step 1:`, `Step 1 -`, `1.`, `1)`, each also behind markdown, and <step>...</step>, in any case. Lines that
-    follow a marker belong to its step. What stands before the first marker is dropped, so that step j of one trace
-    stands beside step j of another. Without any marker, sentences are the steps.
+    follow a label belong to its step. The label decides the position, so that step j of one trace stands beside step
+    j of another: what stands before `Step 1` is dropped, what stands before a first `Step 2` is step 1, and a step
+    that is empty or missing is "". Without any label, sentences are the steps.
 
     >>> split_steps("I look first.\\n**Step 1:** 3.5 is\\n  the height\\n2) so\\nstep 2 - it fits")
     ['3.5 is the height 2) so', 'it fits']
+    >>> split_steps("red shows 3\\nStep 2: in Step 1: I looked\\nStep 4: 3 is odd")
+    ['red shows 3', 'in Step 1: I looked', '', '3 is odd']
     """
     think = re.sub("</step>", "", think, flags=re.I)
-    for pattern in (_STEP_TAG, _STEP_WORD, _NUMBERED):
-        marks = []
-        for mark in pattern.finditer(think):  # in the middle of a line only the next number is a marker, else a mention
-            if mark["line"] is not None or int(mark["number"]) == len(marks) + 1:
-                marks.append(mark)
-        if marks:  # a step without the second half of a bold that began in its marker: "**Step 1: a**"
-            ends = [mark.start() for mark in marks[1:]] + [len(think)]
-            steps = [think[m.end():end].replace("**", "", m[0].count("**") % 2) for m, end in zip(marks, ends)]
-            break
+    labels = find_labels(think)
+    if labels:
+        steps = []
+        if labels[0][0] > 1:
+            steps.append(think[:labels[0][1].start()])
+        ends = [label.start() for _, label in labels[1:]] + [len(think)]
+        for (position, label), end in zip(labels, ends):
+            while len(steps) < position - 1:
+                steps.append("")
+            claim = think[label.end():end]
+            if label[0].count("**") == 1:  # the other half of a bold that began in the label: "**Step 1: a**"
+                claim = claim.replace("**", "", 1)
+            steps.append(claim)
     else:
-        steps = [re.sub(r"\A[#>*+•-]+\s", "", sentence) for sentence in _SENTENCE_END.split(think)]
-    steps = [" ".join(step.split()) for step in steps]
-    return [step for step in steps if re.search(r"\w", step)][:max(max_steps, 0)]
+        sentences = _SENTENCE_END.split(think)
+        steps = [re.sub(r"\A[#>*+•-]+\s", "", sentence) for sentence in sentences if re.search(r"\w", sentence)]
+    steps = [" ".join(step.split()) if re.search(r"\w", step) else "" for step in steps]
+    steps = steps[:max(max_steps, 0)]
+    return steps if any(steps) else []
+
+def find_labels(think: str) -> list[tuple]:
+    """The labels of a trace, in the first of the three styles that it has, each with its position, from 1."""
+    for pattern in (_STEP_TAG, _STEP_WORD, _NUMBERED):
+        labels = []
+        expected = 1
+        for label in pattern.finditer(think):
+            number = int(label["number"] or expected)
+            if label["line"] is None:  # inside a line only the next number is a label, and not "as in Step 2: ..."
+                is_next = number == expected or (number == 2 and not labels)
+                if not is_next or _MENTION.search(think[max(label.start() - 12, 0):label.start()]):
+                    continue
+            position = number if expected < number <= expected + 8 else expected  # a wilder jump is no count
+            labels.append((position, label))
+            expected = position + 1
+        if labels:
+            return labels
+    return []
 
 _FOLDED_CHARACTERS = {**dict.fromkeys(map(ord, "−–‐‑"), "-"), ord("\u200b"): None, ord("\ufeff"): None}
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_NUMBER_WORD = re.compile(rf"(?<![^\W_])(?:{'|'.join(_NUMBER_WORDS)})(?![^\W_])")
+_ARTICLE = re.compile(r"(?:a|an|the)\s+(?!or\b|and\b)")  # but not in "A or B"
 _WRAPPERS = [*((f"\\{name}{{", "}") for name in ("boxed", "text", "textbf", "mathrm", "mathbf")), ("\\(", "\\)"),
              ("\\[", "\\]"), ("(", ")"), ("[", "]"), ("{", "}"), ("“", "”"), ("‘", "’"), ("«", "»"),
              *((mark, mark) for mark in ("**", "__", "$$", "*", "_", "$", "`", '"', "'"))]
 _QUANTITY = re.compile(r"(?P<sign>[+-]?)\s*(?P<currency>[$€£¥₹]?)\s*(?P<late_sign>[+-]?)\s*"
                        r"(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)"
-                       r"(?:\s*(?P<symbol>[%€£¥₹])|(?=\s[^\W\d_])|$)(?P<rest>.*)", re.S)
+                       r"(?:\s*(?P<percent>%)(?P<rest>.*)|\s*(?P<unit>[^\W\d_].*))?", re.S)
 
 def normalize_answer(text: str) -> str:
     """Folds the ways of writing one answer into one string, for voting (Eq 1). Idempotent on any string.
     Case, white space, surrounding quotes, brackets, markdown and LaTeX, a trailing full stop, thousands separators and
-    Unicode minus signs are folded, and numbers equal in value become equal; a sign, a decimal point, a percent or a
-    currency sign keep their meaning.
+    Unicode minus signs are folded. Numbers equal in value become equal, and zero to twelve in words are numbers; a unit
+    may touch its number; a leading article falls. A sign, a decimal point, a percent or currency sign keep their
+    meaning.
 
-    >>> [normalize_answer(a) for a in ("**7.0**", "$7$", "-5", "5 %", ".50", "1,000 km", "(B).")]
-    ['7', '7', '-5', '5%', '0.5', '1000 km', 'b']
+    >>> [normalize_answer(a) for a in ("**7.0**", "$7$", "-5", "5 %", ".50", "1,000km", "(B).", "The cat", "Seven")]
+    ['7', '7', '-5', '5%', '0.5', '1000 km', 'b', 'cat', '7']
     """
-    text, before = text.translate(_FOLDED_CHARACTERS).casefold(), None
+    text = text.translate(_FOLDED_CHARACTERS).casefold()
+    text = _NUMBER_WORD.sub(lambda word: str(_NUMBER_WORDS.index(word[0])), text)
+    before = None
     while text != before:  # until nothing changes, since one form may hide another: **$7.$**
         before = text
         text = re.sub(r"\\([%$])", r"\1", text)
-        text = normalize_number(unwrap(" ".join(text.split())).rstrip(" ."))
+        text = " ".join(text.split())
+        text = unwrap(text).rstrip(" .")
+        article = _ARTICLE.match(text)
+        if article:
+            text = text[article.end():]
+        text = normalize_number(text)
     return text
 
 def unwrap(text: str) -> str:
     """The text without one pair of quotes, brackets, markdown or LaTeX around it: "(a)" -> "a", not "(a) or (b)"."""
     for left, right in _WRAPPERS:
+        if len(text) < len(left + right) or not text.startswith(left) or not text.endswith(right):
+            continue
         inner = text[len(left):len(text) - len(right)]
-        if text.startswith(left) and text.endswith(right) and len(text) >= len(left + right):
-            opening, closing = left[-1], right[-1]
-            balanced = inner.count(opening) == inner.count(closing) and inner.find(opening) <= inner.find(closing)
-            if balanced if left != right else left not in inner:
-                return inner.strip()
+        if left == right:
+            is_pair = left not in inner
+        else:
+            opening = left[-1]
+            closing = right[-1]
+            is_pair = inner.count(opening) == inner.count(closing) and inner.find(opening) <= inner.find(closing)
+        if is_pair:
+            return inner.strip()
     return text
 
 def normalize_number(text: str) -> str:
-    """A number, with its sign, currency or unit, in one form: "+1,000.50 KM" -> "1000.5 km", "5 €" -> "€5"."""
+    """A number, with its sign, currency, percent sign or unit, in one form: "+1,000.50KM" -> "1000.5 KM"."""
     match = _QUANTITY.fullmatch(text)
     if not match or (match["sign"] and match["late_sign"]):
         return text
-    number, symbol = Decimal(match["number"].replace(",", "")), match["symbol"] or ""
+    number = Decimal(match["number"].replace(",", ""))
     digits = format(number, "f")
-    digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
-    sign = "-" if number and "-" in (match["sign"], match["late_sign"]) else ""
-    if symbol not in ("", "%") and not match["currency"]:
-        return sign + symbol + digits + match["rest"]
-    return sign + match["currency"] + digits + symbol + match["rest"]
+    if "." in digits:
+        digits = digits.rstrip("0").rstrip(".")
+    negative = number and "-" in (match["sign"], match["late_sign"])
+    sign = "-" if negative else ""
+    tail = ""
+    if match["percent"]:
+        tail = "%" + match["rest"]
+    elif match["unit"]:
+        tail = " " + match["unit"]
+    return sign + match["currency"] + digits + tail
 
 
 # ---- Policy: one frozen backbone, two LoRA adapters, one mechanism for sampling, gradient and reference (Eq 7) -------
 
 ROLES = ("solver", "proposer")
+LORA_TARGETS = r".*\.(language|text)_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+TEXT_FILES = ("*token*", "*vocab*", "*merges*", "*template*", "*processor*")  # what clients of an adapter need
 
 @dataclass
 class EncodedImage:
@@ -553,143 +720,149 @@ class Prefill:
     next_position: torch.Tensor   # (B,) rotary position of the first completion token
     hidden: torch.Tensor          # (B, d) hidden state that predicts the first completion token
 
-    def repeat(self, n: int, room: int) -> "Prefill":
-        """Every prompt n times in a row, with `room` for more tokens in the mask. To score with gradients, the cache
-        grows by concatenation, which is differentiable; else it is allocated in full, so that no token copies it."""
+    def repeat_for_scoring(self, n: int, room: int) -> "Prefill":
+        """Every prompt n times in a row, with `room` for more tokens in the mask. The cache grows by concatenation,
+        which passes gradients on to the prompt."""
+        self.cache.batch_repeat_interleave(n)
+        return self.repeat_with(self.cache, n, room)
+
+    def repeat_for_sampling(self, n: int, room: int) -> "Prefill":
+        """Every prompt n times in a row, in a cache allocated in full, so that no new token copies the old ones."""
         from transformers.cache_utils import Cache, StaticLayer
-        cache = self.cache
-        if torch.is_grad_enabled():
-            cache.batch_repeat_interleave(n)
-        else:
-            cache = Cache(layers=[StaticLayer(max_cache_len=self.mask.shape[1] + room) for _ in self.cache.layers])
-            for layer, prompt in zip(cache.layers, self.cache.layers):
-                layer.update(prompt.keys.repeat_interleave(n, 0), prompt.values.repeat_interleave(n, 0))
-        mask = F.pad(self.mask, (0, room), value=1).repeat_interleave(n, 0)  # the model hides what is not there yet
+        length = self.mask.shape[1] + room
+        layers = []
+        for prompt in self.cache.layers:
+            layer = StaticLayer(max_cache_len=length)
+            layer.update(prompt.keys.repeat_interleave(n, 0), prompt.values.repeat_interleave(n, 0))
+            layers.append(layer)
+        return self.repeat_with(Cache(layers=layers), n, room)
+
+    def repeat_with(self, cache, n: int, room: int) -> "Prefill":
+        """The rest of a repeated prefill. The mask covers tokens to come too; the model hides what is not there yet."""
+        mask = F.pad(self.mask, (0, room), value=1).repeat_interleave(n, 0)
         return Prefill(cache, mask, self.next_position.repeat_interleave(n), self.hidden.repeat_interleave(n, 0))
-
-class LoRALinear(torch.nn.Module):
-    """A frozen linear layer and a low-rank update per role: W x + (alpha / r) B A x, or W x alone for the reference.
-    (..., d_in) -> (..., d_out). A and B are float32, also over a bfloat16 backbone; B starts at zero, so both roles
-    start as the reference. The names are PEFT's."""
-
-    def __init__(self, base_layer: torch.nn.Linear, policy: "Policy"):
-        super().__init__()
-        self.base_layer, self.policy, r = base_layer, policy, policy.config.lora_r
-        self.lora_A = torch.nn.ModuleDict({role: torch.nn.Linear(base_layer.in_features, r, False) for role in ROLES})
-        self.lora_B = torch.nn.ModuleDict({role: torch.nn.Linear(r, base_layer.out_features, False) for role in ROLES})
-        for matrix in self.lora_B.values():
-            torch.nn.init.zeros_(matrix.weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y, role, config = self.base_layer(x), self.policy.role, self.policy.config
-        if role is None:
-            return y
-        low = self.lora_A[role](F.dropout(x.float(), config.lora_dropout, training=torch.is_grad_enabled()))
-        return (y + config.lora_alpha / config.lora_r * self.lora_B[role](low)).to(y.dtype)
 
 class Policy:
     """A vision-language model with the adapters "solver" and "proposer" on one frozen backbone. `hf` is the model of
-    transformers, `stop_ids` the set of end-of-turn token ids.
+    transformers, `peft` the PeftModel around it, `stop_ids` the set of end-of-turn token ids.
     The reference policy of Eq 7 is the same backbone with its adapters off, so it costs no memory and cannot drift.
     Wherever a role is asked for, None means the reference."""
 
     def __init__(self, config: Config, backbone: tuple | None = None):
         """`backbone` is a (model, tokenizer, processor) to use instead of loading `config.model`."""
-        self.config, self.device, self.role = config, resolve_device(config.device), None
+        self.config = config
+        self.device = resolve_device(config.device)
         self.hf, self.tokenizer, self.processor = backbone or load_backbone(config, self.device)
-        with blame(f"--model {config.model}: a {self.hf.config.model_type} model does not work here"):
-            self.lm_head, self.image_token_id = self.hf.get_output_embeddings(), self.hf.config.image_token_id
-            eos = self.hf.generation_config.eos_token_id
-            self.stop_ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-            arguments = inspect.signature(self.hf.model.forward).parameters
-            self.image_mask_name = next((n for n in ("mm_token_type_ids", "token_type_ids") if n in arguments), None)
-            text = self.hf.config.get_text_config()
-            if getattr(text, "final_logit_softcapping", None) or getattr(text, "logit_scale", 1) != 1:
-                raise ValueError("its logits are not lm_head(hidden)")
+        self.lm_head = self.hf.get_output_embeddings()
+        self.image_token_id = self.hf.config.image_token_id
+        eos = self.hf.generation_config.eos_token_id
+        self.stop_ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        self.has_3d_positions = hasattr(self.hf.model, "get_rope_index")  # time, height, width: the Qwen-VL models
+        arguments = inspect.signature(self.hf.model.forward).parameters
+        self.image_mask_name = next((n for n in ("mm_token_type_ids", "token_type_ids") if n in arguments), None)
+        with blame(f"--model {config.model}: no adapters fit a {self.hf.config.model_type} model"):
             self.add_adapters()
 
-    def add_adapters(self):
-        """Replaces each linear layer of the language model's blocks by a LoRALinear. The vision tower stays frozen."""
-        torch.manual_seed(derive_seed(self.config.seed, "adapters"))  # the same adapters on every rank
-        blocks = self.hf.get_decoder().layers
-        for name, layer in list(blocks.named_modules()):
-            if isinstance(layer, torch.nn.Linear):
-                path, _, child = name.rpartition(".")
-                setattr(blocks.get_submodule(path), child, LoRALinear(layer, self).to(self.device))
-
     # ---- adapters
+    def add_adapters(self):
+        """Puts PEFT's LoRA into the language model's blocks, in float32; the vision tower stays frozen. B starts at
+        zero, so both roles start as the reference."""
+        from peft import LoraConfig, get_peft_model
+        config = self.config
+        lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+                          target_modules=LORA_TARGETS)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed(config.seed, "adapters"))  # the same on every rank
+            self.peft = get_peft_model(self.hf, lora, adapter_name="solver")
+            self.peft.add_adapter("proposer", dataclasses.replace(lora))
+        folder = Path(config.model)
+        for adapter_config in self.peft.peft_config.values():
+            adapter_config.base_model_name_or_path = str(folder.absolute()) if folder.is_dir() else config.model
+
     @contextlib.contextmanager
     def adapter(self, role: str | None):
-        """Runs the block as a role, or as the reference for None. A backward pass may run outside of it."""
-        before, self.role = self.role, role
-        try:
+        """Runs the block as a role, or as the reference for None. Blocks do not nest. Go backward before the block of
+        another role: PEFT's `set_adapter` takes `requires_grad` from every other adapter, and gradient checkpointing of
+        the decoder would compute its blocks again as whatever role is active by then."""
+        self.hf.get_decoder().train(torch.is_grad_enabled())  # so that LoRA dropout acts where gradients flow
+        if role is None:
+            with self.peft.disable_adapter():
+                yield
+        else:
+            self.peft.set_adapter(role)
             yield
-        finally:
-            self.role = before
 
-    def parameters(self, role: str) -> dict[str, torch.nn.Parameter]:
-        """A role's trainable parameters, its LoRA matrices, under the names that they have in a PEFT adapter folder."""
-        return {f"base_model.model.{name.replace(f'.{role}.', '.')}": p for name, p in self.hf.named_parameters()
-                if f".{role}." in name}
+    def lora_weights(self, role: str) -> list[torch.nn.Parameter]:
+        """A role's trainable parameters, whether it is active or not."""
+        return [weight for name, weight in self.hf.named_parameters() if f".{role}." in name]
 
     def save(self, folder: Path):
-        """Writes folder/solver and folder/proposer, PEFT adapters with the backbone's tokenizer and processor files."""
-        from peft import LoraConfig
-        from safetensors.torch import save_file
-        config, local = self.config, Path(self.config.model)
-        projections = "|".join(sorted({name.split(".")[-3] for name in self.parameters("solver")}))
-        lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-                          target_modules=rf".*\.layers\.\d+\.(?:self_attn|mlp)\.(?:{projections})", inference_mode=True,
-                          base_model_name_or_path=str(local.absolute()) if local.is_dir() else config.model)
-        for role in ROLES:
-            lora.save_pretrained(str(folder / role))
-            save_file({name: p.detach().cpu().contiguous() for name, p in self.parameters(role).items()},
-                      folder / role / "adapter_model.safetensors", {"format": "pt"})
-            for file in checkpoint_files(config.model, ("*token*", "*vocab*", "*merges*", "*template*", "*processor*")):
-                shutil.copyfile(file, folder / role / file.name)
+        """Writes folder/solver and folder/proposer, PEFT adapters with the backbone's tokenizer and processor files,
+        copied byte for byte, since what one version of transformers writes may not load in an older one."""
+        self.peft.save_pretrained(str(folder), selected_adapters=list(ROLES), save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        source = checkpoint_folder(self.config.model)
+        for pattern in TEXT_FILES:
+            for file in source.glob(pattern):
+                for role in ROLES:
+                    shutil.copyfile(file, folder / role / file.name)
 
-    @torch.no_grad()
     def load(self, role: str, folder: Path):
         """Reads a PEFT adapter folder into a role. Raises UserError if it is damaged or does not fit."""
-        lora, saved = read_adapter(folder)
-        parameters, config = self.parameters(role), self.config
-        if ({name: p.shape for name, p in parameters.items()} != {name: w.shape for name, w in lora.items()}
-                or saved["lora_alpha"] * config.lora_r != config.lora_alpha * saved["lora_r"]):
-            raise UserError(f"{folder}: does not fit --model {config.model}, or this run's --lora_r or --lora_alpha")
-        for name, p in parameters.items():
-            p.copy_(lora[name])
+        from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+        config = self.config
+        settings = adapter_settings(folder)
+        with blame(f"{folder}: does not fit --model {config.model}, or this run's --lora_r or --lora_alpha"):
+            new = load_peft_weights(str(folder), device="cpu")
+            old = get_peft_model_state_dict(self.peft, adapter_name=role)
+            if {name: w.shape for name, w in new.items()} != {name: w.shape for name, w in old.items()}:
+                raise ValueError("its matrices have other names or shapes")
+            if settings["lora_alpha"] / settings["lora_r"] != config.lora_alpha / config.lora_r:
+                raise ValueError("it has another scale lora_alpha / r")
+            if not all(w.isfinite().all() for w in new.values()):
+                raise ValueError("it is not finite")
+            set_peft_model_state_dict(self.peft, new, adapter_name=role)
 
     # ---- prompts
     @functools.cached_property
-    def template(self) -> tuple[str, list[int]]:
+    def template(self) -> tuple:
         """The chat template of a turn with one image: what stands before its text, and the token ids behind it."""
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "PROMPT-TEXT-SLOT"}]}
         chat = self.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         head, tail = chat.split("PROMPT-TEXT-SLOT")
         return head, self.tokenizer(tail, add_special_tokens=False)["input_ids"]
 
-    def preprocess(self, image: Image.Image) -> tuple[list[int], dict[str, torch.Tensor]]:
+    def preprocess(self, image: Image.Image) -> tuple[list[int], dict]:
         """(token ids of the chat template up to the text, inputs of the vision tower) for one image."""
-        head, bos = self.template[0], self.tokenizer.bos_token
+        head, _ = self.template
         if hasattr(self.processor, "tokenizer"):
-            inputs = self.processor(text=[head], images=[image], return_tensors="pt",
-                                    add_special_tokens=bool(bos) and not head.startswith(bos))
+            bos = self.tokenizer.bos_token
+            add_bos = bool(bos) and not head.startswith(bos)
+            inputs = self.processor(text=[head], images=[image], return_tensors="pt", add_special_tokens=add_bos)
             ids = inputs["input_ids"][0].tolist()
         else:  # as the processor of the Qwen-VL models does: a placeholder for each visual token
             inputs = self.processor(images=[image], return_tensors="pt")
             visual_tokens = int(inputs["image_grid_thw"].prod()) // self.processor.merge_size ** 2
-            ids = self.tokenizer(head.replace("<|image_pad|>", "<|image_pad|>" * visual_tokens))["input_ids"]
-        of_text = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-        return ids, {name: value.to(self.device, self.hf.dtype if value.is_floating_point() else None)
-                     for name, value in inputs.items() if name not in of_text}
+            head = head.replace("<|image_pad|>", "<|image_pad|>" * visual_tokens)
+            ids = self.tokenizer(head)["input_ids"]
+        of_vision = {}
+        for name, value in inputs.items():
+            if name not in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+                dtype = self.hf.dtype if value.is_floating_point() else value.dtype
+                of_vision[name] = value.to(self.device, dtype)
+        return ids, of_vision
 
     @torch.no_grad()
     def encode(self, image: Image.Image) -> EncodedImage:
         """Runs the vision tower. Each image alone, so that no number depends on the rest of a batch."""
         ids, inputs = self.preprocess(image)
-        arguments = inspect.signature(self.hf.model.get_image_features).parameters
-        out = self.hf.model.get_image_features(**{n: v for n, v in inputs.items() if n in arguments}, return_dict=True)
-        features = {n: out[n] for n in ("pooler_output", "deepstack_features") if out.get(n) is not None}
+        accepted = inspect.signature(self.hf.model.get_image_features).parameters
+        arguments = {name: value for name, value in inputs.items() if name in accepted}
+        out = self.hf.model.get_image_features(**arguments, return_dict=True)
+        features = {}
+        for name in ("pooler_output", "deepstack_features"):
+            if out.get(name) is not None:
+                features[name] = out[name]
         return EncodedImage(ids, features, inputs.get("image_grid_thw"))
 
     def encode_prompts(self, prompts: list[Prompt]) -> list[Prompt]:
@@ -703,38 +876,48 @@ class Policy:
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The token ids of an encoded prompt: the chat template around its text."""
-        return prompt.image.ids + self.tokenize(prompt.text) + self.template[1]
+        _, tail = self.template
+        return prompt.image.ids + self.tokenize(prompt.text) + tail
 
     def prefill(self, prompts: list[Prompt]) -> Prefill:
         """Runs encoded prompts through the active adapter once and keeps their keys and values."""
         from transformers import DynamicCache
         from transformers.utils import ModelOutput
         rows = [self.prompt_ids(p) for p in prompts]
-        longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows], device=self.device)               # (B, P)
-        mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=self.device)   # (B, P)
-        image_mask = ((ids == self.image_token_id) & (mask == 1)).int()
-        if hasattr(self.hf.model, "get_rope_index"):  # time, height and width
+        longest = max(len(row) for row in rows)
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=self.device)  # (B, P)
+        lengths = torch.tensor([[len(row)] for row in rows], device=self.device)
+        columns = torch.arange(longest, device=self.device)
+        mask = (columns >= longest - lengths).long()  # (B, P)
+        is_image = ((ids == self.image_token_id) & (mask == 1)).int()  # (B, P)
+        more = {}
+        if self.image_mask_name:
+            more[self.image_mask_name] = is_image
+        if self.has_3d_positions:
+            grids = torch.cat([p.image.grid for p in prompts])
             positions, _ = self.hf.model.get_rope_index(
-                ids, mm_token_type_ids=image_mask, image_grid_thw=torch.cat([p.image.grid for p in prompts]),
-                attention_mask=mask)                                                                       # (3, B, P)
+                ids, mm_token_type_ids=is_image, image_grid_thw=grids, attention_mask=mask)  # (3, B, P)
+            last = positions[0, :, -1]  # a prompt ends in text, whose time, height and width are equal
         else:
-            positions = (mask.cumsum(-1) - 1).clamp_min(0)                                                 # (B, P)
-        features = {n: concatenate([p.image.features[n] for p in prompts]) for n in prompts[0].image.features}
+            positions = (mask.cumsum(-1) - 1).clamp_min(0)  # (B, P)
+            last = positions[:, -1]
+        features = {}
+        for name in prompts[0].image.features:
+            features[name] = concatenate([p.image.features[name] for p in prompts])
         cache = DynamicCache()  # without a config: layers with a sliding window keep all keys, and are masked
         out = self.hf.model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True,
-                            mm_encoder_outputs={"image": ModelOutput(features)},
-                            **({self.image_mask_name: image_mask} if self.image_mask_name else {}))
-        last = positions.masked_fill(mask == 0, -1).view(-1, *mask.shape).amax(dim=(0, 2))                 # (B,)
+                            mm_encoder_outputs={"image": ModelOutput(features)}, **more)
         return Prefill(cache, mask, last + 1, out.last_hidden_state[:, -1])
 
     def extend(self, prefill: Prefill, ids: torch.Tensor, done: int = 0) -> torch.Tensor:
         """Hidden states (rows, T, d) of `ids` (rows, T), which follow a repeated prefill and `done` tokens after it."""
-        positions = prefill.next_position[:, None] + done + torch.arange(ids.shape[1], device=self.device)  # (rows, T)
-        if hasattr(self.hf.model, "get_rope_index"):
+        offsets = done + torch.arange(ids.shape[1], device=self.device)
+        positions = prefill.next_position[:, None] + offsets  # (rows, T)
+        if self.has_3d_positions:
             positions = positions.expand(3, -1, -1)  # text has equal time, height and width
-        return self.hf.model(input_ids=ids, attention_mask=prefill.mask, position_ids=positions, cache=prefill.cache,
-                             use_cache=True).last_hidden_state
+        out = self.hf.model(input_ids=ids, attention_mask=prefill.mask, position_ids=positions, cache=prefill.cache,
+                            use_cache=True)
+        return out.last_hidden_state
 
     # ---- sampling and scoring
     @torch.no_grad()
@@ -748,69 +931,100 @@ class Policy:
         if not prompts:
             return []
         seeds = seed if isinstance(seed, list) else [derive_seed(seed, i) for i in range(len(prompts))]
-        uniforms = torch.stack([  # (rows, R): one stream of uniform numbers per completion, float64
-            torch.rand(max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(derive_seed(s, n)))
-            for s in seeds for n in range(num_samples)]).to(self.device)
-        stop = torch.tensor(sorted(self.stop_ids), device=self.device)
-        lengths = torch.full((len(uniforms),), max_new_tokens, device=self.device)
-        finished, token_ids, logprobs = torch.zeros_like(lengths, dtype=torch.bool), [], []
+        uniforms = uniform_numbers(seeds, num_samples, max_new_tokens).to(self.device)  # (rows, R)
+        stop = torch.tensor(sorted(self.stop_ids), dtype=torch.long, device=self.device)
+        finished = torch.zeros(len(uniforms), dtype=torch.bool, device=self.device)
+        token_ids = []
+        logprobs = []
         with self.adapter(role):
-            prefill = self.prefill(self.encode_prompts(prompts)).repeat(num_samples, max_new_tokens)
-            hidden = prefill.hidden                                                                     # (rows, d)
-            for t in range(max_new_tokens):
-                logp = torch.log_softmax(self.lm_head(hidden).float() / (temperature or 1.0), dim=-1)   # (rows, V)
-                if temperature:  # invert the distribution function, in float64
-                    cdf = logp.double().exp().cumsum(-1)
-                    draw = uniforms[:, t, None] * cdf[:, -1:]
-                    tokens = torch.searchsorted(cdf, draw, right=True).clamp_max(cdf.shape[-1] - 1)     # (rows, 1)
-                else:
-                    tokens = logp.argmax(-1, keepdim=True)
+            prompt = self.prefill(self.encode_prompts(prompts))
+            rows = prompt.repeat_for_sampling(num_samples, max_new_tokens)
+            hidden = rows.hidden  # (rows, d)
+            for t in range(max_new_tokens):  # rows that have finished go on, and are cut in the end
+                if t > 0:
+                    hidden = self.extend(rows, tokens, done=t - 1)[:, 0]
+                logp = torch.log_softmax(self.lm_head(hidden).float() / (temperature or 1.0), dim=-1)  # (rows, V)
+                tokens = draw(logp, uniforms[:, t]) if temperature else logp.argmax(-1, keepdim=True)  # (rows, 1)
                 token_ids.append(tokens)
                 logprobs.append(logp.gather(-1, tokens))
-                stopped = torch.isin(tokens[:, 0], stop) & ~finished
-                lengths[stopped], finished = t + 1, finished | stopped
-                if t + 1 == max_new_tokens or finished.all():
+                finished |= torch.isin(tokens[:, 0], stop)
+                if finished.all():
                     break
-                hidden = self.extend(prefill, tokens, done=t)[:, 0]
-        rows = zip(torch.cat(token_ids, 1).tolist(), torch.cat(logprobs, 1).cpu(), lengths.tolist(), finished.tolist())
-        completions = [Completion(ids[:length], logp[:length].clone(),
-                                  self.tokenizer.decode(ids[:length], skip_special_tokens=True), done)
-                       for ids, logp, length, done in rows]
+        all_ids = torch.cat(token_ids, dim=1).tolist()
+        all_logprobs = torch.cat(logprobs, dim=1).cpu()
+        completions = [self.completion(ids, logp) for ids, logp in zip(all_ids, all_logprobs)]
         return [completions[i:i + num_samples] for i in range(0, len(completions), num_samples)]
+
+    def completion(self, ids: list[int], logprobs: torch.Tensor) -> Completion:
+        """The completion in a row of sampled tokens, which ends with the first end-of-turn token."""
+        stops = [t for t, token in enumerate(ids) if token in self.stop_ids]
+        length = stops[0] + 1 if stops else len(ids)
+        text = self.tokenizer.decode(ids[:length], skip_special_tokens=True)
+        return Completion(ids[:length], logprobs[:length].clone(), text, finished=bool(stops))
 
     def score(self, role: str | None, prompt: Prompt, completions: list[Completion],
               temperature: float = 1.0) -> Scores:
-        """Log-probabilities of sampled completions, conditioned on the image, and their KL to the reference."""
+        """Log-probabilities of sampled completions, conditioned on the image, and their KL to the reference. The role
+        stays active, for the backward pass."""
         prompt = self.encode_prompts([prompt])[0]
-        token_ids = torch.tensor([t for c in completions for t in c.token_ids], device=self.device)         # (M,)
+        token_ids = torch.tensor([token for c in completions for token in c.token_ids], device=self.device)  # (M,)
         with torch.no_grad(), self.adapter(None):
-            ref_hidden = self.completion_hidden(prompt, completions)                                        # (M, d)
-        with self.adapter(role):
-            hidden = self.completion_hidden(prompt, completions) if role else ref_hidden                    # (M, d)
-        # chunks bound the logits, and `checkpoint` frees them: the backward pass computes each chunk again
-        pieces = [checkpoint(token_statistics, *chunk, self.lm_head, temperature, use_reentrant=False)
-                  for chunk in zip(hidden.split(512), ref_hidden.split(512), token_ids.split(512))]
+            ref_hidden = self.completion_hidden(prompt, completions)  # (M, d)
+        hidden = ref_hidden
+        if role is not None:
+            with self.adapter(role):
+                hidden = self.completion_hidden(prompt, completions)  # (M, d)
+        logprobs = []
+        kl = []
+        for start in range(0, len(token_ids), 512):  # chunks bound the logits, 512 x 152,000 numbers for Qwen2.5-VL
+            chunk = slice(start, start + 512)
+            # `checkpoint` frees the logits at once; the backward pass computes each chunk again
+            chunk_logprobs, chunk_kl = checkpoint(token_statistics, hidden[chunk], ref_hidden[chunk], token_ids[chunk],
+                                                  self.lm_head, temperature, use_reentrant=False)
+            logprobs.append(chunk_logprobs)
+            kl.append(chunk_kl)
         lengths = [len(c.token_ids) for c in completions]
-        return Scores(*(list(torch.cat(column).split(lengths)) for column in zip(*pieces)))
+        return Scores(list(torch.cat(logprobs).split(lengths)), list(torch.cat(kl).split(lengths)))
 
     def completion_hidden(self, prompt: Prompt, completions: list[Completion]) -> torch.Tensor:
         """Hidden states that predict the completions' tokens, (M, d). The prompt is prefilled once for all N, also with
         gradients: P + N R tokens go through the model instead of N (P + R)."""
-        longest = max(len(c.token_ids) for c in completions)
-        ids = torch.tensor([c.token_ids + [0] * (longest - len(c.token_ids)) for c in completions], device=self.device)
-        prefill = self.prefill([prompt]).repeat(len(completions), longest - 1)
-        hidden = prefill.hidden[:, None]                                                                    # (N, 1, d)
+        lengths = [len(c.token_ids) for c in completions]
+        longest = max(lengths)
+        rows = [c.token_ids + [0] * (longest - len(c.token_ids)) for c in completions]
+        ids = torch.tensor(rows, device=self.device)  # (N, R)
+        prefill = self.prefill([prompt]).repeat_for_scoring(len(rows), longest - 1)
+        hidden = prefill.hidden[:, None]  # (N, 1, d)
         if longest > 1:
-            hidden = torch.cat([hidden, self.extend(prefill, ids[:, :-1])], dim=1)                          # (N, R, d)
-        return torch.cat([h[:len(c.token_ids)] for h, c in zip(hidden, completions)])
+            later = self.extend(prefill, ids[:, :-1])  # (N, R - 1, d)
+            hidden = torch.cat([hidden, later], dim=1)  # (N, R, d)
+        return torch.cat([h[:length] for h, length in zip(hidden, lengths)])
 
     @torch.no_grad()
     def embed_steps(self, steps: list[str]) -> torch.Tensor:
         """f(s) of section 3.2: the l2-normalized mean (here sum) of a step's input-token embeddings: (J, d), CPU."""
         table = self.hf.get_input_embeddings().weight
-        ids = [self.tokenize(step)[:self.config.embed_max_tokens] for step in steps]
-        rows = [table[torch.tensor(i, dtype=torch.long, device=self.device)].float().sum(dim=0) for i in ids]
-        return F.normalize(torch.stack(rows), dim=-1).cpu() if rows else torch.zeros(0, table.shape[1])
+        e = torch.zeros(len(steps), table.shape[1])
+        for j, step in enumerate(steps):
+            ids = self.tokenize(step)[:self.config.embed_max_tokens]
+            rows = table[torch.tensor(ids, dtype=torch.long, device=self.device)]
+            e[j] = rows.float().sum(dim=0)
+        return F.normalize(e, dim=-1)
+
+def uniform_numbers(seeds: list[int], num_samples: int, length: int) -> torch.Tensor:
+    """A stream of uniform numbers per completion, (B N, length), float64, keyed by its prompt's seed and number."""
+    rows = []
+    for seed in seeds:
+        for n in range(num_samples):
+            generator = torch.Generator().manual_seed(derive_seed(seed, n))
+            rows.append(torch.rand(length, dtype=torch.float64, generator=generator))
+    return torch.stack(rows)
+
+def draw(logp: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Tokens (rows, 1) from log-probabilities (rows, V): inverts the distribution function, in float64."""
+    cdf = logp.double().exp().cumsum(-1)
+    heights = uniform[:, None] * cdf[:, -1:]
+    return torch.searchsorted(cdf, heights, right=True).clamp_max(cdf.shape[-1] - 1)
 
 def concatenate(values: list):
     """Joins image features: tensors, tuples of them (one per image), or lists of such (one per layer, as Qwen3-VL)."""
@@ -822,60 +1036,62 @@ def concatenate(values: list):
 
 def resolve_device(name: str) -> torch.device:
     """The torch device of a --device setting; under torchrun each rank takes the GPU of its LOCAL_RANK."""
-    match, found = re.fullmatch(r"(?:auto|cuda)(?::(\d+))?", name), torch.cuda.device_count()
-    if name == "cpu" or (name == "auto" and not found):
+    found = torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if found else "cpu"
+    if name == "cpu":
         return torch.device("cpu")
-    index = int((match and match[1]) or os.environ.get("LOCAL_RANK", 0))
-    if not match or index >= found:
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name not in [f"cuda:{index}" for index in range(found)]:
         raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:N; PyTorch sees {found} GPUs. See README")
-    return torch.device("cuda", index)
+    return torch.device(name)
 
 def load_backbone(config: Config, device: torch.device) -> tuple:
     """(model, tokenizer, processor) of a checkpoint, the model frozen; for the Qwen-VL models, the image processor."""
     import transformers
+    from transformers.utils.versions import require_version
     transformers.logging.disable_progress_bar()
-    dtype = {"cpu": "float32"}.get(device.type, "bfloat16") if config.dtype == "auto" else config.dtype
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
     with blame(f"--model {config.model}: not a complete vision-language chat model, here or on the Hugging Face Hub"):
+        require_version("transformers>=5.24")  # older ones take the argument `cache` and forget it
         hf, info = transformers.AutoModelForImageTextToText.from_pretrained(
             config.model, dtype=getattr(torch, dtype), output_loading_info=True)
-        if wrong := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        wrong = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+        if wrong:
             raise ValueError(f"its files lack {len(wrong)} weights, such as {wrong[0]}")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-        if hf.config.model_type.startswith("qwen"):  # its whole processor needs torchvision, for videos
+        text_config = hf.config.get_text_config()
+        if getattr(text_config, "final_logit_softcapping", None) or getattr(text_config, "logit_scale", 1) != 1:
+            raise ValueError("its logits are not lm_head(hidden)")
+        if hf.config.model_type.startswith("qwen"):  # their whole processor needs torchvision, for videos
+            tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
             processor = transformers.AutoImageProcessor.from_pretrained(config.model, backend="pil")
-            processor.size = {"shortest_edge": min(processor.size["shortest_edge"], config.max_pixels),  # areas,
-                              "longest_edge": config.max_pixels}                                  # despite the names
+            smallest = min(processor.size["shortest_edge"], config.max_pixels)
+            processor.size = {"shortest_edge": smallest, "longest_edge": config.max_pixels}  # areas, despite the names
         else:
             processor = transformers.AutoProcessor.from_pretrained(config.model)
             tokenizer = processor.tokenizer
         if not tokenizer.chat_template:
             raise ValueError("it has no chat template")
-    return hf.to(device).eval().requires_grad_(False), tokenizer, processor
+    return hf.to(device).eval(), tokenizer, processor
 
-@functools.lru_cache
-def checkpoint_files(model: str, patterns: tuple[str, ...] = ("*",)) -> list[Path]:
-    """The files of a checkpoint, a folder or a Hugging Face id, without weights that are not safetensors."""
-    others = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"]
-    if not Path(model).is_dir():
-        from huggingface_hub import snapshot_download
-        with blame(f"{model}: neither a folder nor found on the Hugging Face Hub"):
-            model = snapshot_download(model, allow_patterns=list(patterns), ignore_patterns=others)
-    return sorted(f for f in Path(model).glob("[!.]*") if f.is_file() and any(map(f.match, patterns))
-                  and not any(map(f.match, others)))
+def checkpoint_folder(model: str) -> Path:
+    """The folder of a checkpoint: `model` itself, or where the Hugging Face Hub's tokenizer files are kept here."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    with blame(f"{model}: neither a folder nor found on the Hugging Face Hub"):
+        return Path(snapshot_download(model, allow_patterns=list(TEXT_FILES)))
 
-def read_adapter(adapter: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """(matrices, settings) of an adapter: a PEFT folder, or a step_* folder, whose Solver is meant."""
-    from safetensors.torch import load_file
-    folder = Path(adapter, "solver") if Path(adapter, "solver").is_dir() else Path(adapter)
-    with blame(f"{adapter}: no usable PEFT adapter. Name a step_* folder of a run, or its solver/ folder"):
+def adapter_settings(folder: Path) -> dict:
+    """What a PEFT adapter folder says of its LoRA: the settings that a Policy for it needs. Raises UserError."""
+    with blame(f"{folder}: no usable PEFT adapter. Name a step_* folder of a run, or its solver/ folder"):
         peft = json.loads((folder / "adapter_config.json").read_text())
-        lora = load_file(folder / "adapter_model.safetensors")
-        if any(peft.get(option) for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")):
-            raise ValueError("a kind of LoRA that this file cannot compute")
-        for name, matrix in lora.items():
-            if not matrix.isfinite().all() or matrix.shape[1 if ".lora_B." in name else 0] != peft["r"]:
-                raise ValueError(f"{name} is not finite, or not of rank {peft['r']}")
-        return lora, {"lora_r": peft["r"], "lora_alpha": peft["lora_alpha"], "model": peft["base_model_name_or_path"]}
+        if not isinstance(peft, dict) or any(peft.get(kind) for kind in ("use_rslora", "use_dora", "rank_pattern")):
+            raise ValueError("a kind of LoRA that does not fit a Policy")
+        return {"lora_r": peft["r"], "lora_alpha": peft["lora_alpha"], "model": peft["base_model_name_or_path"]}
 
 
 # ---- Learner: one role's optimizer, baseline and beta (Eq 7, 8) ------------------------------------------------------
@@ -885,63 +1101,75 @@ class ZeroLoss(torch.nn.Module):
     ranks whatever gradients the parameters hold by then, is the one exchange of an update. A rank without a rollout
     takes part like any other, so none waits."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter]):
+    def __init__(self, weights: list[torch.nn.Parameter]):
         super().__init__()
-        self.weights = torch.nn.ParameterList(parameters)
+        self.weights = torch.nn.ParameterList(weights)
 
     def forward(self) -> torch.Tensor:
-        return sum(w.sum() for w in self.weights) * 0.0
+        return sum(weight.sum() for weight in self.weights) * 0.0
 
 class Learner:
     """What one role carries from step to step: its optimizer, baseline b and KL coefficient beta."""
 
     def __init__(self, policy: Policy, role: str):
         config = policy.config
-        self.policy, self.role, self.beta, self.baseline, self.skips_in_a_row = policy, role, config.kl_coef, None, 0
-        self.parameters = list(policy.parameters(role).values())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
+        self.policy = policy
+        self.role = role
+        self.beta = config.kl_coef
+        self.baseline = None
+        self.skips_in_a_row = 0
+        self.weights = policy.lora_weights(role)
+        self.optimizer = torch.optim.AdamW(self.weights, lr=config.lr, weight_decay=config.weight_decay)
+        self.exchange = None
         if world_size() > 1:
-            self.exchange = torch.nn.parallel.DistributedDataParallel(ZeroLoss(self.parameters))
-            self.exchange().backward()  # DDP orders its buckets, and so its sums, after the first pass: this one
+            with policy.adapter(role):  # DDP takes the parameters that require gradients now
+                self.exchange = torch.nn.parallel.DistributedDataParallel(ZeroLoss(self.weights))
+                self.exchange().backward()  # DDP orders its buckets, and so its sums, after the first pass: this one
 
     def update(self, prompts: list[Prompt], completions: list[list[Completion]], rewards: list[list[float]]) -> dict:
         """One optimizer step over all rollouts of all ranks (Eq 7), then the baseline and beta (Eq 8). The lists have
         one entry per question of this rank. Returns what to log. If the loss or a gradient of any rank is not finite,
         all ranks skip the update together; the fifth skip in a row raises UserError."""
-        config, kls, passes = self.policy.config, [], []
-        reward_sum, count = all_sum(sum(map(sum, rewards)), sum(map(len, rewards)))
+        config = self.policy.config
+        local_sum = sum(sum(r) for r in rewards)
+        local_count = sum(len(r) for r in rewards)
+        reward_sum, count = all_sum(local_sum, local_count)
         if count == 0:  # no rank got a question to work on
             return {}
-        baseline = reward_sum / count if self.baseline is None else self.baseline  # starts at the first mean [ours]
-        for prompt, group, earned in zip(prompts, completions, rewards):
-            of_group = advantages(earned, baseline, config.advantage if self.role == "solver" else "ema")
-            for i in range(0, len(group), config.score_rollouts):  # only now is the group cut, to bound memory
-                passes.append((prompt, group[i:i + config.score_rollouts], of_group[i:i + config.score_rollouts]))
-
-        def loss(prompt, group, of_group):  # this pass's part of the mean over all rollouts of all ranks
-            scores = self.policy.score(self.role, prompt, group, config.temperature)
-            kls.extend(kl.detach().mean().item() for kl in scores.kl)
-            mean = reinforce_loss(scores.logprobs, scores.kl, of_group, self.beta, config.logprob_reduction)
-            return mean * len(group) / count * world_size()  # DDP divides by it
+        mean_reward = reward_sum / count
+        baseline = mean_reward if self.baseline is None else self.baseline  # starts at the first mean [ours]
+        kind = config.advantage if self.role == "solver" else "ema"  # the Proposer has one sample per image
 
         self.optimizer.zero_grad(set_to_none=True)
-        for arguments in passes:
-            loss(*arguments).backward()
-        if world_size() > 1:
-            self.exchange().backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip).item()
-        kl = all_sum(sum(kls))[0] / count
+        kl_sum = 0.0
+        for prompt, replies, r in zip(prompts, completions, rewards):
+            a = advantages(r, baseline, kind)  # from all N rewards, before the rollouts are cut into gradient passes
+            for start in range(0, len(replies), config.score_rollouts):
+                part = slice(start, start + config.score_rollouts)
+                scores = self.policy.score(self.role, prompt, replies[part], config.temperature)
+                loss = reinforce_loss(scores.logprobs, scores.kl, a[part], self.beta, config.logprob_reduction)
+                share = len(replies[part]) / count  # of this pass in the mean over all rollouts of all ranks
+                (loss * share * world_size()).backward()  # DDP will divide by the number of ranks
+                kl_sum += sum(kl.mean().item() for kl in scores.kl)
+        if self.exchange:  # p.grad holds this rank's sum; the backward pass of a zero loss makes DDP average it
+            with self.policy.adapter(self.role):
+                self.exchange().backward()
+
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.weights, config.grad_clip).item()
+        kl = all_sum(kl_sum)[0] / count
         skipped = not (math.isfinite(grad_norm) and math.isfinite(kl))  # both are the same on all ranks
         stats = {"kl": kl, "beta": self.beta, "baseline": baseline, "grad_norm": grad_norm, "skipped": int(skipped)}
-        self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
-        if self.skips_in_a_row == 5:
-            raise UserError(f"the {self.role}'s loss or gradient was not finite in 5 updates in a row. Look at "
-                            "metrics.jsonl; lower --lr, or try --dtype float32", status=1)
-        if not skipped:
-            self.optimizer.step()
-            self.baseline = update_baseline(baseline, reward_sum / count, config.baseline_momentum)
-            self.beta = adapt_kl_coef(self.beta, kl, config.kl_target, config.kl_adapt_rate, config.kl_coef_min,
-                                      config.kl_coef_max)
+        if skipped:
+            self.skips_in_a_row += 1
+            if self.skips_in_a_row == 5:
+                raise UserError(f"the {self.role}'s loss or gradient was not finite in 5 updates in a row. Look at "
+                                "metrics.jsonl; lower --lr, or try --dtype float32", status=1)
+            return stats
+        self.skips_in_a_row = 0
+        self.optimizer.step()
+        self.baseline = update_baseline(baseline, mean_reward, config.baseline_momentum)
+        self.beta = adapt_kl_coef(self.beta, kl, config.kl_target, config.kl_adapt_rate, config.kl_coef_min,
+                                  config.kl_coef_max)
         return stats
 
 
@@ -957,24 +1185,28 @@ def rank() -> int:
 
 def say(text: str):
     """Prints a line, once for all ranks: any text, on any terminal. A reader that has gone (`| head`) ends nothing."""
+    if rank() != 0 or sys.stdout is None:
+        return
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        if rank() == 0:
-            encoding = sys.stdout.encoding or "utf-8"
-            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = None
 
 def join_ranks(device: torch.device):
     """Joins the process group of torchrun, if torchrun started us: nccl (RCCL on ROCm) on GPUs, gloo on the CPU."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        patience = timedelta(minutes=10)  # how long a rank may keep the others waiting
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    patience = timedelta(minutes=10)  # how long a rank may keep the others waiting
+    with blame("RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: not as torchrun sets them"):
         store, number, size = next(rendezvous("env://", timeout=patience))
         # torchrun keeps its store over a restart: without a prefix the ranks would look for the dead ones' addresses
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=number,
-                                world_size=size, timeout=patience)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=patience)
 
 def gather(value) -> list:
     """The values of all ranks, in order of rank, on every rank."""
@@ -1005,57 +1237,71 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".g
 
 def list_images(data: tuple[str, ...]) -> tuple[Path, ...]:
     """The image files of folders (recursive, none hidden), each file once, in a fixed order."""
-    found = {}  # by real path: a link may lead to the same file again
+    found = {}  # by real path: folders may overlap
     for folder in data:
-        paths, visited = [], set()
-        for root, subfolders, names in os.walk(folder, followlinks=True):
-            new = os.path.realpath(root) not in visited  # else a link leads back up
-            visited.add(os.path.realpath(root))
-            subfolders[:] = sorted(name for name in subfolders if new and name[0] != ".")
-            paths += [Path(root, name) for name in sorted(names)
-                      if new and name[0] != "." and Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        paths = []
+        for root, subfolders, names in os.walk(folder):
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            for name in names:
+                if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                    paths.append(Path(root, name))
         if not paths:
             raise UserError(f"--data {folder!r}: no folder with images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        for path in paths:
+        for path in sorted(paths):
             found.setdefault(os.path.realpath(path), path)
     return tuple(found.values())
 
 def load_image(path: Path) -> Image.Image:
-    """An upright RGB image: first frame, EXIF rotation, alpha on white, 16 bits as 8. Raises UserError."""
+    """An upright RGB image: first frame, EXIF rotation, alpha on white. Integers of more than 8 bits are taken for 16
+    bits, floating-point numbers for shares of 1. Raises UserError."""
     with blame(f"{path}: cannot be read as an image"), Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: convert() would clip, not scale
-            values = numpy.asarray(image, dtype=numpy.float64)
-            top = 1.0 if image.mode == "F" and values.max() <= 1 else 65535.0 if values.max() > 255 else 255.0
-            image = Image.fromarray(numpy.clip(values / top * 255 + 0.5, 0, 255).astype("uint8"))
+        if image.mode.startswith("I") or image.mode == "F":  # convert() would clip, not scale
+            top = 1.0 if image.mode == "F" else 65535.0
+            shares = numpy.asarray(image, dtype=numpy.float64) / top
+            image = Image.fromarray((shares.clip(0, 1) * 255).round().astype("uint8"))
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
         if max(image.size) >= 200 * min(image.size):
             raise ValueError(f"{image.width} x {image.height} pixels is too narrow")
         return image.convert("RGB")
 
-def training_image(paths: tuple[Path, ...], seed: int, slot: int) -> tuple[Path, Image.Image]:
-    """Image number `slot` of the whole run, counted over all steps and ranks. The next readable file of the epoch takes
-    the place of an unreadable one, the same on any number of ranks."""
-    epoch, start = divmod(slot, len(paths))
-    order = random.Random(derive_seed(seed, "order", epoch)).sample(paths, len(paths))  # new in each epoch
-    for path in order[start:] + order[:start]:
-        try:
-            return path, load_image(path)
-        except UserError as error:
-            print(f"warning: skipping {error}", file=sys.stderr)
-    raise UserError(f"--data: none of the {len(paths)} image files can be read; see the warnings above")
+class ImageStream:
+    """The images of a whole run, counted over all steps and ranks: the files in a new order in each epoch."""
+
+    def __init__(self, paths: tuple[Path, ...], seed: int):
+        self.paths = paths
+        self.seed = seed
+        self.epoch = None
+        self.order = []
+
+    def load(self, slot: int) -> tuple[Path, Image.Image]:
+        """Image number `slot`. The next readable file of the epoch takes the place of an unreadable one, the same on
+        any number of ranks."""
+        epoch, start = divmod(slot, len(self.paths))
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = random.Random(derive_seed(self.seed, "order", epoch)).sample(self.paths, len(self.paths))
+        for offset in range(len(self.paths)):
+            path = self.order[(start + offset) % len(self.paths)]
+            try:
+                return path, load_image(path)
+            except UserError as error:
+                print(f"warning: skipping {error}", file=sys.stderr)
+        raise UserError(f"--data: none of the {len(self.paths)} image files can be read; see the warnings above")
 
 
 # ---- Run folder: config.json, metrics.jsonl, rollouts.jsonl, step_*/ -------------------------------------------------
 
-AGENT = f"{os.uname().nodename} {os.getppid()}"  # the torchrun that started this rank: the same over all its restarts
-
 @contextlib.contextmanager
-def open_run(config: Config) -> Iterator[tuple[Path, Path | None]]:
-    """Makes the run folder and locks it inside the block. Gives it, and the checkpoint to go on from or None."""
-    run = Path(config.output_dir) / (config.run_name or f"{config.preset}_seed{config.seed}")
+def open_run(config: Config) -> Iterator[tuple]:
+    """Makes the run folder and locks it inside the block. Gives it, and the checkpoint to continue from or None."""
+    name = config.run_name or f"{config.preset}_seed{config.seed}"
+    if name in (".", "..") or "/" in name or not name.isprintable() or not config.output_dir:
+        raise UserError(f"--run_name {name!r} in --output_dir {config.output_dir!r}: name one folder in another one")
+    run = Path(config.output_dir, name)
     with contextlib.ExitStack() as stack:
         if rank() == 0:
             with blame(f"{run}: cannot be made or written. Choose another --output_dir or --run_name"):
@@ -1063,30 +1309,30 @@ def open_run(config: Config) -> Iterator[tuple[Path, Path | None]]:
                 lock = stack.enter_context(open(run / ".lock", "w"))
             with blame(f"{run}: another run is writing there. Wait for it, or choose another --run_name"):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield run, gather(find_checkpoint(run, config) if rank() == 0 else None)[0]  # rank 0 decides for all
+        checkpoints = gather(find_checkpoint(run, config) if rank() == 0 else None)
+        yield run, checkpoints[0]  # rank 0 decides for all
 
 def find_checkpoint(run: Path, config: Config) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start. Raises UserError rather than overwrite another run."""
-    if not (run / "config.json").exists():
-        if config.resume or not all(p.name.startswith(".") for p in run.iterdir()):
-            raise UserError(f"{run}: holds no run to resume. Leave --resume out, or choose another --run_name")
+    """The checkpoint to continue from, or None to start. Raises UserError rather than touch another run."""
+    settings = run / "config.json"
+    if not settings.exists():
+        if any(not file.name.startswith(".") for file in run.iterdir()):
+            raise UserError(f"{run}: holds other files and no run. Choose another --run_name")
         return None
-    with blame(f"{run / 'config.json'}: damaged. Choose another --run_name"):
-        saved, here = json.loads((run / "config.json").read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
-        different = [f for f in dataclasses.fields(config) if saved[f.name] != here[f.name]]
-        words = {f.name: f"--{f.name} {saved[f.name]!r} there, {here[f.name]!r} here" for f in different}
-    if fixed := [words[f.name] for f in different if not f.metadata["resumable"]]:
-        raise UserError(f"{run}: holds a run with other settings ({'; '.join(fixed)}). Choose another --run_name")
-    checkpoints = list_checkpoints(run)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and AGENT in [f.read_text() for f in run.glob(".agent")]:
-        return checkpoints[-1] if checkpoints else None  # our own torchrun started this run, and now starts it again
     if not config.resume:
         raise UserError(f"{run}: holds a run already. Add --resume to continue it, or choose another --run_name")
-    if not checkpoints:
-        raise UserError(f"{run}: --resume, but no complete checkpoint is there. Delete the folder to start over")
-    if "total_steps" in words:
-        say(f"resuming with another length, which moves lambda(t): {words['total_steps']}")
-    return checkpoints[-1]
+    with blame(f"{settings}: damaged. Choose another --run_name"):
+        saved = dict(json.loads(settings.read_text()))
+    here = json.loads(json.dumps(dataclasses.asdict(config)))
+    for f in dataclasses.fields(config):
+        there = saved.get(f.name, f.metadata["default"])  # a setting that is newer than the run has its default
+        change = f"--{f.name} {there!r} there, {here[f.name]!r} here"
+        if there != here[f.name] and not f.metadata["resumable"]:
+            raise UserError(f"{run}: holds a run with other settings ({change}). Choose another --run_name")
+        if f.name == "total_steps" and there != here[f.name]:
+            say(f"resuming with another length, which moves lambda(t): {change}")
+    checkpoints = list_checkpoints(run)
+    return checkpoints[-1] if checkpoints else None
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
@@ -1094,54 +1340,66 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def start_run(run: Path, config: Config, last_step: int):
     """Writes the settings, cuts the logs back to the step from which the run continues, and removes leftovers."""
+    texts = {"config.json": json.dumps(dataclasses.asdict(config), indent=2) + "\n"}
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        rows = [row for row in read_jsonl(run / name) if row.get("step", math.inf) <= last_step]
+        texts[name] = "".join(json.dumps(row) + "\n" for row in rows)
     with blame(f"{run}: cannot be written. Make room, or choose another --output_dir"):
-        files = {".agent": AGENT, "config.json": json.dumps(dataclasses.asdict(config), indent=2) + "\n"}
-        files |= {name: "".join(json.dumps(row) + "\n" for row in read_jsonl(run / name) if row["step"] <= last_step)
-                  for name in ("metrics.jsonl", "rollouts.jsonl")}
-        for name, text in files.items():  # written aside and renamed: there as a whole, or not at all
-            (run / ".part").write_text(text, encoding="utf-8")
-            os.replace(run / ".part", run / name)
+        for name, text in texts.items():  # written aside and renamed: there as a whole, or not at all
+            part = run / ".part"
+            part.write_text(text, encoding="utf-8")
+            part.rename(run / name)
         for part in run.glob(".step_*.part"):
             shutil.rmtree(part)
 
 def read_jsonl(path: Path) -> Iterator[dict]:
-    """The rows of a log. A line that a crash has torn is left out; a missing file has no rows."""
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", newline="\n") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
+    """The rows of a log. What is no row, as a line that a crash has torn, is left out; a missing file has no rows."""
+    if path.exists():
+        with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    row = json.loads(line)
+                    if isinstance(row, dict):
+                        yield row
 
 def append_jsonl(path: Path, rows: list[dict]):
     """Appends rows to a log; numbers that JSON cannot say (NaN, infinity) become null."""
-    rows = [json.loads(json.dumps(row, default=str), parse_constant=lambda name: None) for row in rows]
+    lines = []
+    for row in rows:
+        plain = json.loads(json.dumps(row, default=str), parse_constant=lambda name: None)
+        lines.append(json.dumps(plain) + "\n")
     with blame(f"{path}: cannot be written. Make room"), open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.write("".join(lines))
 
-def save_checkpoint(run: Path, step: int, images: int, policy: Policy, learners: dict[str, Learner]):
+def save_checkpoint(run: Path, step: int, images: int, policy: Policy, learners: dict):
     """Writes run/step_NNNNNN aside and then renames it, so that a folder of that name is complete; deletes old ones."""
-    part, folder = run / f".step_{step:06d}.part", run / f"step_{step:06d}"
+    folder = run / f"step_{step:06d}"
+    part = run / f".{folder.name}.part"
+    state = {"step": step, "images": images}
+    for role, learner in learners.items():
+        state[role] = {"beta": learner.beta, "baseline": learner.baseline, "optimizer": learner.optimizer.state_dict()}
     with blame(f"{part}: cannot be written. Make room; --resume goes on from the newest checkpoint"):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         policy.save(part)
-        state = {role: {"beta": x.beta, "baseline": x.baseline, "optimizer": x.optimizer.state_dict()}
-                 for role, x in learners.items()}
-        torch.save({"step": step, "images": images, **state}, part / "trainer_state.pt")
-        for file in filter(Path.is_file, part.rglob("*")):
-            with open(file, "rb") as written:
-                os.fsync(written)
+        torch.save(state, part / "trainer_state.pt")
+        for file in part.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as written:
+                    os.fsync(written)
         shutil.rmtree(folder, ignore_errors=True)  # an incomplete one, or the run would have gone on behind it
-        os.rename(part, folder)
+        part.rename(folder)
         for old in list_checkpoints(run)[:-policy.config.keep_checkpoints]:
             shutil.rmtree(old.rename(run / f".{old.name}.part"))
 
-def load_checkpoint(folder: Path, policy: Policy, learners: dict[str, Learner]) -> tuple[int, int]:
+def load_checkpoint(folder: Path, policy: Policy, learners: dict) -> tuple:
     """Restores adapters and trainer state, unpickling tensors and numbers alone; returns the step and images seen."""
     with blame(f"{folder}: damaged. Delete it to resume from the checkpoint before it"):
         state = torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
         for role, learner in learners.items():
             policy.load(role, folder / role)
-            learner.beta, learner.baseline = state[role]["beta"], state[role]["baseline"]
+            learner.beta = state[role]["beta"]
+            learner.baseline = state[role]["baseline"]
             learner.optimizer.load_state_dict(state[role]["optimizer"])
         return int(state["step"]), int(state["images"])
 
@@ -1161,181 +1419,231 @@ class Episode:
     rewards: dict = field(default_factory=lambda: {"r_prop": 0.0})
 
 def train(config: Config, reward: Callable[..., dict] = group_rewards) -> Path:
-    """Self-evolution on a folder of unlabeled images, the paper's loop. `reward` is called as `group_rewards` is."""
+    """Self-evolution on a folder of unlabeled images, the paper's loop. `reward` is called as `group_rewards` is.
+    Returns the run folder."""
     device = resolve_device(config.device)
-    paths = list_images(config.data)
-    training_image(paths, config.seed, 0)  # at least one must be readable: better known before the model loads
+    stream = ImageStream(list_images(config.data), config.seed)
+    stream.load(0)  # at least one must be readable: better known before the model loads
     join_ranks(device)
-    with open_run(config) as (run, newest), contextlib.ExitStack() as stack:
+    with open_run(config) as (run, newest), stop_signals() as signals, torch.random.fork_rng():
         policy = Policy(config)
         learners = {role: Learner(policy, role) for role in ROLES}
         step, images = load_checkpoint(newest, policy, learners) if newest else (0, 0)
-        log, stopped = Log(run, config, step, len(paths)), False
-        signals = stack.enter_context(stop_signals())  # only now: until here Ctrl-C ends the program at once
+        log = Log(run, config, step, len(stream.paths))
+        stopped = False
         while step < config.total_steps and not stopped:
             step += 1
             torch.manual_seed(derive_seed(config.seed, step, rank()))  # for LoRA dropout; sampling has keys of its own
-            lam = config.lambda_max if config.lambda_schedule == "constant" else step_reward_weight(
-                step, config.total_steps, config.lambda_max, config.warmup_frac)
+            lam = step_reward_weight(step, config.total_steps, config.lambda_max, config.warmup_frac,
+                                     config.lambda_schedule)
 
-            episodes = propose(policy, paths, step, images)
+            episodes = propose(policy, stream, step, images)
             asked = [e for e in episodes if e.question is not None]
             solve(policy, asked, step)
             for e in asked:
-                embeddings = [policy.embed_steps(r.steps) for r in e.rollouts]
-                e.rewards = checked(reward(e.rollouts, embeddings, lam, config, e.question), len(e.rollouts))
+                embeddings = [policy.embed_steps(rollout.steps) for rollout in e.rollouts]
+                e.rewards = valid_rewards(reward(e.rollouts, embeddings, lam, config, e.question), len(e.rollouts))
             if config.watch_every and step % config.watch_every == 0:
-                ask_about_another_image(policy, asked, paths, step, images)
+                ask_about_another_image(policy, asked, stream, step, images)
 
-            stats = {"solver": learners["solver"].update(
-                [Prompt(e.image, solver_prompt(e.question)) for e in asked], [e.completions for e in asked],
-                [e.rewards["r_sol"] for e in asked])}
+            stats = {}
+            stats["solver"] = learners["solver"].update(
+                [Prompt(e.image, solver_prompt(e.question)) for e in asked],
+                [e.completions for e in asked],
+                [e.rewards["r_sol"] for e in asked])
             if step % config.proposer_every == 0:
                 stats["proposer"] = learners["proposer"].update(
-                    [Prompt(e.image, proposer_prompt()) for e in episodes], [[e.proposal] for e in episodes],
+                    [Prompt(e.image, proposer_prompt()) for e in episodes],
+                    [[e.proposal] for e in episodes],
                     [[e.rewards["r_prop"]] for e in episodes])
 
             images += world_size() * config.images_per_rank
-            log.step(step, episodes, lam, stats)
+            log.write(step, episodes, lam, stats)
             stopped = all_sum(len(signals))[0] > 0  # a signal to any rank stops all of them after the same step
             if rank() == 0 and (stopped or step % config.save_every == 0 or step == config.total_steps):
                 save_checkpoint(run, step, images, policy, learners)
             gather(None)  # no rank goes on or ends before rank 0 has saved
         log.close()
-        if step < config.total_steps:
-            raise UserError(f"{run}: stopped by a signal after step {step}, which is saved. Add --resume to go on",
-                            status=128 + (signals or [signal.SIGTERM])[0])
-        say(f"{run}/step_{step:06d} holds both adapters")
+    if step < config.total_steps:
+        raise UserError(f"{run}: stopped by a signal after step {step}, which is saved. Add --resume to go on",
+                        status=128 + (signals or [signal.SIGTERM])[0])
+    say(f"{run}/step_{step:06d} holds both adapters")
     return run
 
-def propose(policy: Policy, paths: tuple[Path, ...], step: int, first_image: int) -> list[Episode]:
+def propose(policy: Policy, stream: ImageStream, step: int, first_image: int) -> list[Episode]:
     """This rank's share of the step's images, each with one proposed question."""
     config = policy.config
-    slots = range(rank() * config.images_per_rank, (rank() + 1) * config.images_per_rank)
-    files, images = zip(*(training_image(paths, config.seed, first_image + slot) for slot in slots))
-    prompts = [Prompt(policy.encode(image), proposer_prompt()) for image in images]
+    first_slot = rank() * config.images_per_rank
+    slots = range(first_slot, first_slot + config.images_per_rank)
     seeds = [derive_seed(config.seed, step, slot, "proposer") for slot in slots]
-    proposals = policy.sample("proposer", prompts, 1, config.max_new_tokens_proposer, config.temperature, seeds)
-    return [Episode(slot, path, prompt.image, proposal, parse_question(proposal.text))
-            for slot, path, prompt, (proposal,) in zip(slots, files, prompts, proposals)]
+    paths = []
+    prompts = []
+    for slot in slots:
+        path, image = stream.load(first_image + slot)
+        paths.append(path)
+        prompts.append(Prompt(policy.encode(image), proposer_prompt()))
+    samples = policy.sample("proposer", prompts, 1, config.max_new_tokens_proposer, config.temperature, seeds)
+    episodes = []
+    for slot, path, prompt, (proposal,) in zip(slots, paths, prompts, samples):
+        episodes.append(Episode(slot, path, prompt.image, proposal, parse_question(proposal.text)))
+    return episodes
 
 def solve(policy: Policy, asked: list[Episode], step: int, key: str = "solver"):
     """Fills in N Solver rollouts for each episode. `key` keys their random numbers."""
-    config, prompts = policy.config, [Prompt(e.image, solver_prompt(e.question)) for e in asked]
+    config = policy.config
+    prompts = [Prompt(e.image, solver_prompt(e.question)) for e in asked]
     seeds = [derive_seed(config.seed, step, e.slot, key) for e in asked]
     samples = policy.sample("solver", prompts, config.num_rollouts, config.max_new_tokens_solver, config.temperature,
                             seeds)
-    for e, e.completions in zip(asked, samples):
-        e.rollouts = [parse_rollout(c.text, config.max_reasoning_steps) for c in e.completions]
+    for e, completions in zip(asked, samples):
+        e.completions = completions
+        e.rollouts = [parse_rollout(c.text, config.max_reasoning_steps) for c in completions]
 
-def checked(rewards: dict, n: int) -> dict:
+def valid_rewards(rewards: dict, n: int) -> dict:
     """The result of a reward function, tensors as lists. Raises UserError if it cannot train the two roles."""
-    rewards = {key: v.tolist() if hasattr(v, "tolist") else v for key, v in (rewards or {}).items()}
-    for key, kind, k, form in (("r_sol", list, n, f"a list of {n} numbers"), ("r_prop", (int, float), 1, "a number")):
-        if not isinstance(rewards.get(key), kind) or len(numbers(rewards[key], n)) != k:
-            raise UserError(f'reward: "{key}" must be {form}, but is {str(rewards.get(key)):.200}')
-    return rewards
+    plain = {}
+    for key, value in (rewards or {}).items():
+        plain[key] = value.tolist() if hasattr(value, "tolist") else value
+    for key, count, form in (("r_sol", n, f"a list of {n} numbers"), ("r_prop", 1, "a number")):
+        is_list = isinstance(plain.get(key), list)
+        if is_list != (key == "r_sol") or len(numbers(plain.get(key), n)) != count:
+            raise UserError(f'reward: "{key}" must be {form}, but is {str(plain.get(key)):.200}')
+    return plain
 
 def numbers(value, n: int) -> list[float]:
-    """The numbers in a number, or in a list of n numbers or None; none in anything else."""
+    """The finite numbers in a number, or in a list of n numbers or None; none in anything else."""
     values = value if isinstance(value, list) and len(value) == n else [value]
-    plain = all(v is None or isinstance(v, (int, float)) for v in values)
-    return [float(v) for v in values if v is not None and math.isfinite(v)] if plain else []
+    if not all(v is None or isinstance(v, (int, float)) for v in values):
+        return []
+    return [float(v) for v in values if v is not None and math.isfinite(v)]
 
-def ask_about_another_image(policy: Policy, asked: list[Episode], paths: tuple[Path, ...], step: int, first_image: int):
+def ask_about_another_image(policy: Policy, asked: list[Episode], stream: ImageStream, step: int, first_image: int):
     """Looks for collapse: where the majority answer is as frequent when the same question is asked about the run's next
     image, the answers do not come from the picture. Logs its share there; alters no training number."""
     others = []
     for e in asked:
-        path, image = training_image(paths, policy.config.seed, first_image + e.slot + 1)
-        others += [dataclasses.replace(e, path=path, image=policy.encode(image))]
+        path, image = stream.load(first_image + e.slot + 1)
+        others.append(dataclasses.replace(e, path=path, image=policy.encode(image)))
     solve(policy, others, step, "another image")
     for e, other in zip(asked, others):
-        majority = dominant_group([r.vote for r in e.rollouts])[0]
-        if majority and other.path != e.path:
-            e.rewards["swapped_agreement"] = statistics.fmean(r.vote == majority for r in other.rollouts)
+        a_hat, _ = dominant_group([rollout.vote for rollout in e.rollouts])
+        if a_hat and other.path != e.path:
+            e.rewards["swapped_agreement"] = statistics.fmean(rollout.vote == a_hat for rollout in other.rollouts)
 
 class Log:
     """Prints one line per step and writes metrics.jsonl and rollouts.jsonl (rank 0)."""
 
     def __init__(self, run: Path, config: Config, last_step: int, num_images: int):
-        self.run, self.config, self.wandb = run, config, None
-        if rank() == 0 and config.wandb:
-            with blame(f"--wandb {config.wandb}: cannot be started. Try pip install wandb, or leave the flag out"):
-                import wandb
-                self.wandb = wandb.init(project=config.wandb, name=run.name, config=dataclasses.asdict(config),
-                                        id=f"{derive_seed(str(run.resolve()))}", resume="allow")
+        self.run = run
+        self.config = config
+        self.first_step = last_step
+        self.started = time.perf_counter()
+        self.last_time = self.started
+        self.questions = deque(maxlen=256)
+        self.wandb = None
         if rank() == 0:
+            if config.wandb:
+                self.open_wandb()
             start_run(run, config, last_step)
-            asked = (row["question"] for row in read_jsonl(run / "rollouts.jsonl") if row["question"])
-            self.questions = deque(asked, maxlen=256)
-        say(f"{num_images} images, {config.images_per_rank * world_size()} per step on {world_size()} rank(s); "
-            f"preset {config.preset}; model {config.model}; run folder {run}"
-            + f"; resumed after step {last_step}" * bool(last_step))
-        self.since = time.perf_counter()
+            self.questions.extend(row["question"] for row in read_jsonl(run / "rollouts.jsonl") if row["question"])
+        start = f"resumed after step {last_step}" if last_step else "from the start"
+        say(f"{num_images} images, {config.images_per_rank * world_size()} per step on {world_size()} rank(s); preset "
+            f"{config.preset}; model {config.model}; run folder {run}; {start}")
 
-    def step(self, step: int, episodes: list[Episode], lam: float, stats: dict):
+    def open_wandb(self):
+        """Starts the run on Weights & Biases, or continues it."""
+        with blame(f"--wandb {self.config.wandb}: cannot be started. Try pip install wandb, or leave the flag out"):
+            import wandb
+            run_id = str(derive_seed(str(self.run.resolve())))
+            self.wandb = wandb.init(project=self.config.wandb, name=self.run.name, id=run_id, resume="allow",
+                                    config=dataclasses.asdict(self.config))
+
+    def write(self, step: int, episodes: list[Episode], lam: float, stats: dict):
         """Gathers the step's episodes from all ranks; metrics are means over them, whatever the number of ranks."""
-        rows = sum(gather([self.row(step, e) for e in episodes]), [])
+        gathered = gather([self.row(step, e) for e in episodes])
         if rank() != 0:
             return
-        metrics = {"step": step, "lambda": lam}
-        for key in dict.fromkeys(key for row in rows for key in row if key != "step"):
-            if values := [v for row in rows for v in numbers(row.get(key), self.config.num_rollouts)]:
-                metrics[key] = statistics.fmean(values)
-        metrics |= {f"{key}_{role}": value for role in ROLES for key, value in stats.get(role, {}).items()}
-        self.questions.extend(row["question"] for row in rows if row["question"])
-        metrics |= {"distinct_questions": len(set(self.questions)) / max(len(self.questions), 1),
-                    "tokens": sum(row["tokens"] for row in rows), "seconds": time.perf_counter() - self.since}
-        self.since += metrics["seconds"]
+        rows = [row for rows_of_rank in gathered for row in rows_of_rank]
+        values = {}
+        for row in rows:
+            for key, value in row.items():
+                values.setdefault(key, []).extend(numbers(value, self.config.num_rollouts))
+            if row["question"]:
+                self.questions.append(row["question"])
+        metrics = {"lambda": lam}
+        metrics |= {key: statistics.fmean(of_key) for key, of_key in values.items() if of_key}
+        for role, of_role in stats.items():
+            metrics |= {f"{key}_{role}": value for key, value in of_role.items()}
+        now = time.perf_counter()
+        metrics["distinct_questions"] = len(set(self.questions)) / max(len(self.questions), 1)
+        metrics["tokens"] = sum(values["tokens"])
+        metrics["seconds"] = now - self.last_time
+        self.last_time = now
         append_jsonl(self.run / "rollouts.jsonl", rows)
         append_jsonl(self.run / "metrics.jsonl", [metrics])
         if self.wandb:
             self.wandb.log(metrics, step=step)
-        self.show(metrics)
-        shown = [row for row in rows if row["question"]]
-        if shown and self.config.show_every and step % self.config.show_every == 0:
-            say(format_group(shown[0]))
+        self.show(metrics, rows)
 
     def row(self, step: int, e: Episode) -> dict:
         """An episode as a row of rollouts.jsonl."""
-        return {**e.rewards, "step": step, "image": str(e.path), "proposal": e.proposal.text, "question": e.question,
-                "no_question": e.question is None, "texts": [r.text for r in e.rollouts],
-                "votes": [r.vote for r in e.rollouts], "invalid": [r.vote is None for r in e.rollouts],
-                "steps": [r.steps for r in e.rollouts], "num_steps": [len(r.steps) for r in e.rollouts],
-                "unfinished": [not c.finished for c in e.completions],
-                "tokens": sum(len(c.token_ids) for c in [e.proposal, *e.completions])}
+        votes = [rollout.vote for rollout in e.rollouts]
+        own = {
+            "step": step,
+            "image": str(e.path),
+            "proposal": e.proposal.text,
+            "question": e.question,
+            "no_question": e.question is None,
+            "texts": [rollout.text for rollout in e.rollouts],
+            "steps": [rollout.steps for rollout in e.rollouts],
+            "num_steps": [len(rollout.steps) for rollout in e.rollouts],
+            "votes": votes,
+            "invalid": [vote is None for vote in votes],
+            "unfinished": [not c.finished for c in e.completions],
+            "tokens": sum(len(c.token_ids) for c in [e.proposal, *e.completions]),
+        }
+        return {**e.rewards, **own}
 
-    def show(self, metrics: dict):
-        """The line of a step and, from time to time, the signs of collapse behind it."""
-        def of(key, spec):
-            return format(metrics[key], spec) if metrics.get(key) is not None else "-"
+    def show(self, metrics: dict, rows: list[dict]):
+        """The line of a step and, from time to time, the signs of collapse and the rollouts of one question."""
+        def of(key: str, spec: str) -> str:
+            value = metrics.get(key)
+            return "-" if value is None else format(value, spec)
 
-        step, total, seconds = metrics["step"], self.config.total_steps, metrics["seconds"]
-        left = timedelta(seconds=int(seconds * (total - step)))
-        say(f"{step:5d}/{total} | H {of('entropy', '.2f')} maj {of('group_size', '.1f')} bad {of('invalid', '.0%')} | "
-            f"r_ans {of('r_ans', '.2f')} r_step {of('r_step', '.2f')} lam {of('lambda', '.2f')} r_sol "
-            f"{of('r_sol', '.2f')} r_prop {of('r_prop', '.2f')} | KL {of('kl_solver', '.4f')} beta "
-            f"{of('beta_solver', '.4f')} | {seconds:.2f} s {metrics['tokens'] / seconds:.0f} tok/s, left {left}")
-        if self.config.watch_every and step % self.config.watch_every == 0:
+        config = self.config
+        step = int(metrics["step"])
+        seconds_a_step = (self.last_time - self.started) / (step - self.first_step)
+        left = timedelta(seconds=int(seconds_a_step * (config.total_steps - step)))
+        say(f"{step:5d}/{config.total_steps} | H {of('entropy', '.2f')} valid {of('entropy_valid', '.2f')} maj "
+            f"{of('group_size', '.1f')} bad {of('invalid', '.0%')} | r_ans {of('r_ans', '.2f')} r_step "
+            f"{of('r_step', '.2f')} lam {of('lambda', '.2f')} r_sol {of('r_sol', '.2f')} r_prop {of('r_prop', '.2f')} "
+            f"| KL {of('kl_solver', '.4f')} beta {of('beta_solver', '.4f')} | {metrics['seconds']:.2f} s "
+            f"{metrics['tokens'] / metrics['seconds']:.0f} tok/s, left {left}")
+        if config.watch_every and step % config.watch_every == 0:
             say(f"    watch: majority answer {of('majority', '.0%')}, about another image "
                 f"{of('swapped_agreement', '.0%')}; distinct questions {of('distinct_questions', '.0%')}")
+        shown = [row for row in rows if row["question"]]
+        if shown and config.show_every and step % config.show_every == 0:
+            self.show_rollouts(shown[0])
+
+    def show_rollouts(self, row: dict):
+        """A row of rollouts.jsonl for a person to read."""
+        say(f"    {row['image']}: {row['question']}")
+        for r_sol, vote, steps, text in zip(row["r_sol"], row["votes"], row["steps"], row["texts"]):
+            trace = " | ".join(steps) or " ".join(text.split())
+            say(f"      r_sol {r_sol:.2f}  {vote or '(invalid)'}: {trace[:160]}")
 
     def close(self):
         """The last lines of a run, if it cannot have learned anything."""
-        rows = list(read_jsonl(self.run / "metrics.jsonl")) if rank() == 0 else []
-        for key, words in (("no_question", "proposals held no question: this backbone does not follow proposer_prompt"),
-                           ("invalid", "rollouts had no answer: this backbone does not follow solver_prompt")):
-            if statistics.fmean([row[key] for row in rows if key in row] or [0.0]) > 0.5:
-                say(f"Most {words}")
+        if rank() == 0:
+            rows = list(read_jsonl(self.run / "metrics.jsonl"))
+            for key, words in (("no_question", "proposals held no question"), ("invalid", "rollouts had no answer")):
+                shares = [row[key] for row in rows if key in row]
+                if shares and statistics.fmean(shares) > 0.5:
+                    prompt = "proposer_prompt" if key == "no_question" else "solver_prompt"
+                    say(f"Most {words}: this backbone does not follow {prompt}")
         if self.wandb:
             self.wandb.finish()
-
-def format_group(row: dict) -> str:
-    """A row of rollouts.jsonl for a person to read."""
-    lines = [f"      r_sol {r:.2f}  {vote or '(invalid)'}: {(' | '.join(steps) or ' '.join(text.split()))[:160]}"
-             for r, vote, steps, text in zip(row["r_sol"], row["votes"], row["steps"], row["texts"])]
-    return "\n".join([f"    {row['image']}: {row['question']}", *lines])
 
 
 # ==== The paper ends here. What follows are tools; cut them off, and `train(Config(...))` still works =================
@@ -1344,11 +1652,22 @@ def demo(config: Config, cancel: float = 0.5, json: str = ""):
     """The dice world: builds, mistrains and improves a tiny Qwen2.5-VL on a laptop.
 
     --cancel SHARE   share of the mistaught sums whose error leaves the answer right (0.5)
-    --json FILE      write the result there
+    --json FILE      write the result to this new file
     """
-    with blame("demo: needs test_ireasoner.py beside ireasoner.py, and pytest"):
+    companion().demo(config, cancel, json)
+
+def report(config: Config, runs: list[str], out: str = "report.png"):
+    """One picture: the curves of Figures 3, 5 and 6 and of all other metrics, runs overlaid, and Figure 7.
+
+    --out FILE   report.png
+    """
+    companion().report(runs, out)
+
+def companion():
+    """The module test_ireasoner.py, which has the demo and the report."""
+    with blame("this command needs test_ireasoner.py beside ireasoner.py, and pytest"):
         import test_ireasoner
-    test_ireasoner.demo(config, cancel, json)
+    return test_ireasoner
 
 def ask(config: Config, image: str, question: str, adapter: str = ""):
     """One image, one question: prints the reasoning and the answer, decoded greedily.
@@ -1357,39 +1676,56 @@ def ask(config: Config, image: str, question: str, adapter: str = ""):
     """
     prompt = Prompt(load_image(Path(image)), solver_prompt(question))
     policy, role = load_solver(config, adapter)
-    rollout = parse_rollout(policy.sample(role, [prompt], 1, config.max_new_tokens_solver, 0.0)[0][0].text)
+    reply = policy.sample(role, [prompt], 1, config.max_new_tokens_solver, temperature=0.0)[0][0]
+    rollout = parse_rollout(reply.text)
     for j, step in enumerate(rollout.steps, 1):
         say(f"Step {j}: {step}")
     say(f"Answer: {rollout.answer}" if rollout.answer else f"(no <answer> in the reply) {rollout.text}")
 
-def load_solver(config: Config, adapter: str) -> tuple[Policy, str | None]:
+def load_solver(config: Config, adapter: str) -> tuple:
     """A policy and the role that answers: "solver" with an adapter, on the backbone it was trained on, else None."""
-    policy = Policy(Config(**{**read_adapter(adapter)[1], **config.given}) if adapter else config)
-    if adapter:
-        policy.load("solver", Path(adapter))
-    return policy, "solver" if adapter else None
+    if not adapter:
+        return Policy(config), None
+    folder = Path(adapter, "solver") if Path(adapter, "solver").is_dir() else Path(adapter)
+    policy = Policy(Config(**{**adapter_settings(folder), **config.given}))
+    policy.load("solver", folder)
+    return policy, "solver"
 
-def evaluate_file(config: Config, file: str, adapter: str = "", batch_size: int = 32, predictions: str = "",
-                  json: str = ""):
+def evaluate_file(config: Config, file: str, adapter: str = "", batch_size: int = 32, json: str = ""):
     """Accuracy on a JSONL file of questions.
 
     Each line: {"image": path relative to the file, "question": "...", "answer": one or a list of right ones}
     --adapter FOLDER     step_* folder of a run or PEFT adapter folder; default: the plain backbone
     --batch_size N       questions answered together (32)
-    --predictions FILE   write every answer and text there, one line per question
-    --json FILE          write the result there
+    --json FILE          write the result, with all texts, to this new file
     """
-    rows = load_questions(file)
-    check_outputs([file], {"--predictions": predictions, "--json": json})
-    policy, role = load_solver(config, adapter)
-    result, answered = evaluate(policy, role, rows, batch_size=max(1, batch_size))
+    questions = load_questions(file)
+    with result_file(json) as result:
+        policy, role = load_solver(config, adapter)
+        result |= evaluate(policy, role, questions, batch_size=max(1, batch_size))
     n = config.num_rollouts
     for label, key in ((f"mean@{n}", "mean_at_n"), (f"maj@{n}", "maj_at_n"), ("greedy", "greedy")):
-        say("{:<8} {:.3f} [{:.3f}, {:.3f}]".format(label, result[key], *result["ci95"][key]))
-    if predictions:
-        Path(predictions).unlink(missing_ok=True)
-        append_jsonl(Path(predictions), answered)
-    write_json(json, result)
+        low, high = result["ci95"][key]
+        say(f"{label:<8} {result[key]:.3f} [{low:.3f}, {high:.3f}]")
+
+@contextlib.contextmanager
+def result_file(path: str) -> Iterator[dict]:
+    """A dict that the end of the block writes to a new JSON file. The file is opened first, so that no work is lost to
+    a bad name and no older file to the result. Without a name the dict goes nowhere."""
+    result = {}
+    if not path or rank() != 0:
+        yield result
+        return
+    with blame(f"--json {path}: must be a new file in a folder that exists"):
+        file = open(path, "x", encoding="utf-8")
+    try:
+        yield result
+        json.dump(result, file, indent=2)
+    except BaseException:
+        os.unlink(path)
+        raise
+    finally:
+        file.close()
 
 def load_questions(file: str) -> list[dict]:
     """The rows of a file of questions, with "answers", a list. Raises UserError with the line number."""
@@ -1397,204 +1733,157 @@ def load_questions(file: str) -> list[dict]:
     with blame(f"{file}: cannot be read. Give a JSONL file of questions"):
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028
     for number, line in enumerate(lines, 1):
-        with blame(f"{file} line {number}: must be an object with image, question and answer, none of them empty"):
-            if line.strip():
-                row = json.loads(line)
-                answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-                row |= {"image": str(Path(file).parent / row["image"]), "answers": list(map(str, answers))}
-                filled = [row["question"].strip(), answers, None not in answers, *map(normalize_answer, row["answers"])]
-                if not all(filled) or not Path(row["image"]).is_file():
-                    raise ValueError(f"something is empty, or {row['image']} is missing")
-                rows.append(row)
+        if line.strip():
+            with blame(f"{file} line {number}: must be an object with image, question and answer, none of them empty"):
+                rows.append(read_question(json.loads(line), Path(file).parent))
     if not rows:
         raise UserError(f"{file}: no questions in it")
     return rows
 
+def read_question(row: dict, folder: Path) -> dict:
+    """A row of a file of questions, checked. Raises ValueError."""
+    if not isinstance(row, dict) or not row.keys() >= {"image", "question", "answer"}:
+        raise ValueError("something is missing")
+    answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    readable = answers and all(isinstance(a, (str, int, float)) and normalize_answer(str(a)) for a in answers)
+    if not readable or not str(row["question"]).strip():
+        raise ValueError("the question or an answer is empty, or no text or number")
+    image = folder / str(row["image"])
+    if not image.is_file():
+        raise ValueError(f"{image} is missing")
+    return {**row, "image": str(image), "question": str(row["question"]), "answers": [str(a) for a in answers]}
+
 def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: float | None = None,
-             batch_size: int = 32) -> tuple[dict, list[dict]]:
-    """Accuracy on labeled questions: ({n, mean_at_n, maj_at_n, greedy, ci95}, the rows with "texts", "votes" and
-    "right" of N sampled rollouts and, last, of greedy decoding).
-    The shares are those of right answers among the sampled rollouts, by their majority vote, and by greedy decoding.
-    "ci95" has Wilson's 95 % interval of each, which is conservative for mean@N, whose questions vary less."""
-    config, answered = policy.config, []
+             batch_size: int = 32) -> dict:
+    """Accuracy on labeled questions: {n, mean_at_n, maj_at_n, greedy, ci95, predictions}. The shares are those of right
+    answers among N sampled rollouts, by their majority vote, and by greedy decoding. "ci95" has Wilson's 95 % interval
+    of each, which is conservative for mean@N, whose questions vary less. A prediction is a row with the "texts",
+    "votes" and "right" of the N rollouts and, last, of greedy decoding."""
+    config = policy.config
+    temperature = config.temperature if temperature is None else temperature
+    predictions = []
+    shares = {"mean_at_n": [], "maj_at_n": [], "greedy": []}
     for start in range(0, len(rows), batch_size):
         batch = rows[start:start + batch_size]
-        prompts = policy.encode_prompts([Prompt(load_image(r["image"]), solver_prompt(r["question"])) for r in batch])
+        prompts = [Prompt(load_image(row["image"]), solver_prompt(row["question"])) for row in batch]
+        prompts = policy.encode_prompts(prompts)
         seeds = [derive_seed(config.seed, "eval", start + i) for i in range(len(batch))]
-        sampled = policy.sample(role, prompts, config.num_rollouts, config.max_new_tokens_solver,
-                                config.temperature if temperature is None else temperature, seeds)
-        greedy = policy.sample(role, prompts, 1, config.max_new_tokens_solver, 0.0)
-        for row, completions in zip(batch, map(list.__add__, sampled, greedy)):
-            votes = [parse_rollout(c.text).vote for c in completions]
-            references = set(map(normalize_answer, row["answers"]))
-            answered.append({**row, "texts": [c.text for c in completions], "votes": votes,
-                             "right": [vote in references for vote in votes],
-                             "majority_right": dominant_group(votes[:-1])[0] in references})
-    n, z2, result = len(rows), 1.96 ** 2, {"n": len(rows), "ci95": {}}
-    for key, values in (("mean_at_n", [statistics.fmean(row["right"][:-1]) for row in answered]),
-                        ("maj_at_n", [row["majority_right"] for row in answered]),
-                        ("greedy", [row["right"][-1] for row in answered])):
-        result[key] = p = statistics.fmean(values)
-        centre, half = p + z2 / (2 * n), math.sqrt(z2 * p * (1 - p) / n + (z2 / (2 * n)) ** 2)
-        result["ci95"][key] = [(centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)]
-    return result, answered
+        sampled = policy.sample(role, prompts, config.num_rollouts, config.max_new_tokens_solver, temperature, seeds)
+        greedy = policy.sample(role, prompts, 1, config.max_new_tokens_solver, temperature=0.0)
+        for row, rollouts, best in zip(batch, sampled, greedy):
+            texts = [completion.text for completion in rollouts + best]
+            votes = [parse_rollout(text).vote for text in texts]
+            answers = {normalize_answer(answer) for answer in row["answers"]}
+            right = [vote in answers for vote in votes]
+            a_hat, _ = dominant_group(votes[:-1])
+            predictions.append({**row, "texts": texts, "votes": votes, "right": right})
+            shares["mean_at_n"].append(statistics.fmean(right[:-1]))
+            shares["maj_at_n"].append(float(a_hat in answers))
+            shares["greedy"].append(float(right[-1]))
+    result = {"n": len(rows), "ci95": {}, "predictions": predictions}
+    for key, values in shares.items():
+        result[key] = statistics.fmean(values)
+        result["ci95"][key] = wilson_interval(result[key], len(rows))
+    return result
 
-def export(config: Config, adapter: str, folder: str):
-    """Merges an adapter into its backbone: a checkpoint folder for transformers, lmms-eval or vLLM.
-
-    The backbone is --model, or else the one that the adapter was trained on. A weight becomes W + (alpha / r) B A and
-    keeps its name, file and dtype. Every other file is copied byte for byte, since what one version of transformers
-    writes may not load in an older one.
-    """
-    from safetensors.torch import load_file, save_file
-    lora, saved = read_adapter(adapter)
-    model, target, part = config.given.get("model", saved["model"]), Path(folder), Path(f"{folder}.part")
-    # "layers.3.mlp.up_proj": the backbone's file may place the language model elsewhere than the loaded model does
-    left = {re.search(r"layers\..*(?=\.lora_A)", name)[0]: name for name in lora if ".lora_A." in name}
-    with blame(f"{folder}: cannot be made of {model} and {adapter}"), contextlib.ExitStack() as stack:
-        if target.exists():
-            raise ValueError("it exists already")
-        part.mkdir(parents=True)
-        stack.callback(shutil.rmtree, part, ignore_errors=True)
-        for source in checkpoint_files(model):
-            if source.suffix == ".safetensors":
-                weights = load_file(source)
-                for name, weight in weights.items():
-                    module = re.search(r"layers\..*(?=\.weight$)", name)
-                    if module and module[0] in left and not re.search("vision|visual", name):
-                        a = left.pop(module[0])
-                        product = lora[a.replace(".lora_A.", ".lora_B.")].float() @ lora[a].float()
-                        merged = weight.float() + saved["lora_alpha"] / saved["lora_r"] * product
-                        weights[name] = merged.to(weight.dtype)
-                save_file(weights, part / source.name, {"format": "pt"})
-            else:
-                shutil.copyfile(source, part / source.name)
-        if left:
-            raise ValueError(f"the backbone has no safetensors weight for {sorted(left)[0]}")
-        part.rename(target)
-    say(f"{folder} holds {model} with {adapter} merged in")
-
-def report(config: Config, runs: list[str], out: str = "report.png"):
-    """One picture: the curves of Figures 3, 5 and 6 and of all other metrics, runs overlaid, and Figure 7.
-
-    --out FILE   report.png
-    """
-    with blame("report: needs matplotlib. Try pip install matplotlib"):
-        from matplotlib.figure import Figure
-    check_outputs([], {"--out": out})
-    metrics = {run: [row for row in read_jsonl(Path(run, "metrics.jsonl")) if "step" in row] for run in runs}
-    if empty := [run for run, rows in metrics.items() if not rows]:
-        raise UserError(f"{empty[0]}: no run folder with finished steps. Name a folder with a metrics.jsonl in it")
-    titles = {"r_prop": "Fig 3: Proposer's reward g(H)", "entropy": "Fig 3: answer entropy H (nats)",
-              "density": "Fig 3: group density rho", "step_cosine": "Fig 3: step similarity r_ij",
-              "r_sol": "Fig 5: Solver's reward", "r_ans": "Fig 5: r_ans", "r_step": "Fig 5: r_step",
-              "group_size": "Fig 5: majority group |G|", "comparable_steps": "Fig 5: comparable steps",
-              "num_steps": "Fig 6: steps per rollout", "lambda": "Eq 6: lambda(t)"}
-    present = {key for rows in metrics.values() for row in rows for key in row if numbers(row[key], 0)} - {"step"}
-    keys = [key for key in titles if key in present] + sorted(present - set(titles))
-    height = len(keys) // 4 + 2
-    figure = Figure(figsize=(15, 2.2 * height), layout="constrained")
-    grid = figure.add_gridspec(height, 4)
-    for i, key in enumerate(keys):
-        axes = figure.add_subplot(grid[i // 4, i % 4], xlabel="step", ylabel=key, title=titles.get(key, key))
-        for run, rows in metrics.items():
-            x, y = [[row[k] for row in rows if numbers(row.get(key), 0)] for k in ("step", key)]
-            sparse = len(x) < len(rows) / 2  # points: a line would claim what was not measured
-            axes.plot(x, y, "." if sparse else "-", markersize=3, label=run.replace("$", r"\$"))
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    tables = [numpy.array(row["leave_one_out"], float) for row in read_jsonl(Path(runs[-1], "rollouts.jsonl"))
-              if len(row.get("leave_one_out") or []) > 1]
-    if tables := [s for s in tables[-100:] if numpy.isfinite(s).any()]:
-        s = min(tables, key=numpy.nanmean)
-        disagreement = "  ".join(f"{d:.2f}" for d in depth_disagreement(torch.tensor(s)).tolist())
-        axes = figure.add_subplot(grid[-1, :2], xlabel=f"step j; D_j = {disagreement}", ylabel="rollout i")
-        axes.set_title("Fig 7: S_ij, the least alike of the last 100 groups of the last run")
-        figure.colorbar(axes.imshow(s, aspect="auto"))
-    with blame(f"--out {out}: cannot be written"):
-        figure.savefig(out, dpi=110)
-    say(f"written: {out}")
-
-def check_outputs(inputs: list[str], outputs: dict[str, str]):
-    """Raises UserError, before the work is done, if a file to be written is an input, another output, or cannot be."""
-    taken = set(map(os.path.realpath, inputs))
-    for flag, file in outputs.items():
-        path = Path(file).absolute()
-        if file and (os.path.realpath(path) in taken or path.is_dir() or not path.parent.is_dir()):
-            raise UserError(f"{flag} {file}: is another file of this command, or a folder, or its folder is missing")
-        taken.add(os.path.realpath(path))
-
-def write_json(file: str, result: dict):
-    """Writes a result for machines, if a file was named."""
-    if file and rank() == 0:
-        with blame(f"--json {file}: cannot be written"):
-            Path(file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+def wilson_interval(p: float, n: int) -> list[float]:
+    """Wilson's 95 % interval of a share p of n."""
+    z2 = 1.96 ** 2
+    centre = p + z2 / (2 * n)
+    half = math.sqrt(z2 * p * (1 - p) / n + (z2 / (2 * n)) ** 2)
+    return [(centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)]
 
 
 # ---- Command line: the signature of a command is its command line, its docstring the help ----------------------------
 
-ALL = tuple(Config.__dataclass_fields__)
-SOLVER = ("model", "num_rollouts", "temperature", "max_new_tokens_solver", "max_pixels", "device", "dtype", "seed")
-COMMANDS = {"train": (train, ALL), "demo": (demo, ALL), "ask": (ask, SOLVER), "eval": (evaluate_file, SOLVER),
-            "export": (export, ("model",)), "report": (report, ())}  # function, and the settings that are its flags
+TRAIN_FLAGS = tuple(f.name for f in dataclasses.fields(Config))
+ASK_FLAGS = ("model", "max_new_tokens_solver", "max_pixels", "device", "dtype")
+EVAL_FLAGS = (*ASK_FLAGS, "num_rollouts", "temperature", "seed")
+COMMANDS = {  # function, and the settings that are its flags
+    "train": (train, TRAIN_FLAGS),
+    "demo": (demo, TRAIN_FLAGS),
+    "ask": (ask, ASK_FLAGS),
+    "eval": (evaluate_file, EVAL_FLAGS),
+    "report": (report, ()),
+}
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}. See --help")
 
-def parse_command_line(argv: list[str]) -> tuple[Callable, Config, dict]:
+def parse_command_line(argv: list[str]) -> tuple:
     """(command, settings, the command's own arguments). Raises UserError."""
-    name, *rest = argv if argv and not argv[0].startswith("-") else ["train", *argv]
+    name = "train"
+    if argv and not argv[0].startswith("-"):
+        name, *argv = argv
     if name not in COMMANDS:
-        raise UserError(f"{name}: no such command{nearest(name, COMMANDS)}")
+        raise UserError(f"{name}: no such command{nearest(name, COMMANDS)} See --help")
     command, settings = COMMANDS[name]
-    others = "\n".join(f"  {other:<8} {inspect.getdoc(f).splitlines()[0]}" for other, (f, _) in COMMANDS.items())
-    parser = _Parser(usage=f"ireasoner.py {name} ...", allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter,
-                    description=f"{inspect.getdoc(command)}\n\nCommands (train if none is given):\n{others}")
-    own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("config", "reward")]
-    for p in own:
+    parser = make_parser(name)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise UserError(f"{flag}: no such flag of {name}{nearest(flag, parser._option_string_actions)} See --help")
+    config = {key: value for key, value in vars(arguments).items() if key in settings}
+    own = {key: value for key, value in vars(arguments).items() if key not in settings}
+    return command, Config(**config), own
+
+def make_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of a command: its own parameters, then a flag for each of its settings."""
+    command, settings = COMMANDS[name]
+    summaries = [f"  {other:<8} {inspect.getdoc(f).splitlines()[0]}" for other, (f, _) in COMMANDS.items()]
+    description = f"{inspect.getdoc(command)}\n\nCommands (train if none is given):\n" + "\n".join(summaries)
+    parser = _Parser(usage=f"ireasoner.py {name} ...", allow_abbrev=False, description=description,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for p in inspect.signature(command).parameters.values():
+        if p.name in ("config", "reward"):
+            continue
         if p.default is p.empty:
             parser.add_argument(p.name, nargs="+" if p.annotation == list[str] else None)
         else:
             parser.add_argument(f"--{p.name}", type=p.annotation, default=p.default, help=argparse.SUPPRESS)
-    for f in (Config.__dataclass_fields__[setting] for setting in settings):
-        kind = {bool: {"action": "store_true"}, tuple: {"nargs": "+"}}.get(f.type, {"type": f.type, "metavar": "X"})
-        text = f"{f.metadata['meaning']}; {describe(f)}; default {f.default!r}".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
-    arguments, unknown = parser.parse_known_args(rest)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        raise UserError(f"{flag}: no such flag of {name}{nearest(flag, parser._option_string_actions)}")
-    given = vars(arguments)
-    return command, Config(**{k: v for k, v in given.items() if k in settings}), {p.name: given[p.name] for p in own}
+    for f in dataclasses.fields(Config):
+        if f.name not in settings:
+            continue
+        meaning = f"{f.metadata['meaning']}; {describe(f)}; default {f.metadata['default']!r}"
+        options = {"help": meaning.replace("%", "%%")}
+        if f.type is bool:
+            options["action"] = "store_true"
+        elif f.type is tuple:
+            options["nargs"] = "+"
+        else:
+            kinds = typing.get_args(f.type) or (f.type,)
+            options |= {"type": kinds[0], "metavar": "X"}
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
+    return parser
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 if training had to stop, 2 after one line about bad input."""
-    status, message = 0, ""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
+    status = 0
+    message = ""
     try:
-        command, config, arguments = parse_command_line(sys.argv[1:] if argv is None else argv)
-        command(config, **arguments)
+        command, config, own = parse_command_line(sys.argv[1:] if argv is None else argv)
+        command(config, **own)
     except UserError as error:
-        message, status = str(error), error.status
+        message = str(error)
+        status = error.status
     except torch.OutOfMemoryError as error:
-        message, status = (f"out of memory ({str(error).splitlines()[0]}). Lower --score_rollouts, --images_per_rank, "
-                           "--num_rollouts or --max_pixels"), 1
-    except RuntimeError as error:
-        if world_size() == 1 or not re.search("gloo|nccl|connection", str(error), re.I):
-            raise
-        message, status = f"rank {rank()} lost another rank; the first error says why", 1
+        message = (f"out of memory ({str(error).splitlines()[0]}). Lower --score_rollouts, --images_per_rank, "
+                   "--num_rollouts or --max_pixels")
+        status = 1
     except KeyboardInterrupt:
-        message, status = "interrupted", 130
+        message = "interrupted"
+        status = 130
     if message:
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(3)  # other ranks mostly say the same; torchrun ends them as soon as the first has said it
         print(f"ireasoner: {message}", file=sys.stderr, flush=True)
     if dist.is_initialized():  # at once: threads of gloo sometimes abort an interpreter that ends in the ordinary way
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
         os._exit(status)
     return status
 
 if __name__ == "__main__":
-    sys.modules["ireasoner"] = sys.modules["__main__"]  # the demo imports ireasoner: this module, not a second one
-    sys.exit(main())
+    import ireasoner  # the tests and the demo import this file: run that module, so that there is one set of classes
+    sys.exit(ireasoner.main())

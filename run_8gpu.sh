@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on nodes of 8 GPUs (MI250X: 8 GCDs a node; or CUDA GPUs): one process a GPU, gradients averaged over all.
 #   ./run_8gpu.sh --data /path/to/images              any flag of `python ireasoner.py --help` may follow
-#   ./run_8gpu.sh --data /path/to/images --resume     goes on after an interruption
+# The same command again goes on after an interruption: it always passes --resume, which continues a run or starts it.
 #   NPROC=4 ./run_8gpu.sh --data ...                  fewer GPUs
 #   srun --nodes=4 --ntasks-per-node=1 ./run_8gpu.sh --data ...               several nodes under SLURM
 #   NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 ./run_8gpu.sh --data ...           several nodes by hand, once on each
@@ -61,6 +61,7 @@ if [ "$nnodes" -gt 1 ]; then
 else
   rendezvous=(--standalone)
 fi
-# A rank that dies takes the others along; torchrun then starts all of them again, from the newest checkpoint.
+# A rank that dies takes the others along; torchrun then starts all of them again with the same flags, so --resume is
+# what makes them continue from the newest checkpoint.
 exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node="$nproc" \
-  --max-restarts="${MAX_RESTARTS:-3}" "$(dirname "$0")/ireasoner.py" "$@"
+  --max-restarts="${MAX_RESTARTS:-3}" "$(dirname "$0")/ireasoner.py" "$@" --resume

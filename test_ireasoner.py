@@ -1,8 +1,12 @@
-"""What proves and shows ireasoner.py: the dice world with its demo, a benchmark, and the tests. CPU only, no download.
+"""What proves and shows ireasoner.py: the dice world with its demo, pictures of runs, the study, the premise, a
+benchmark, and the tests. CPU only, no download.
 
-    python ireasoner.py demo                                               # runs `demo` below
-    python test_ireasoner.py bench --size tiny|small|3b|7b [--compare]     # seconds per step, on random weights
-    python -m pytest -q                                                    # all tests
+    python ireasoner.py demo                                            # runs `demo` below
+    python ireasoner.py report runs/A runs/B                            # runs `report` below
+    python test_ireasoner.py study FOLDER                               # the demo over rewards and seeds: a table
+    python test_ireasoner.py premise --model FOLDER_OR_ID               # would the step reward pay sound traces more?
+    python test_ireasoner.py bench --size tiny|small|3b|7b [--compare]  # seconds per step, on random weights
+    python -m pytest -q                                                 # all tests
 """
 import argparse
 import contextlib
@@ -28,12 +32,14 @@ from pathlib import Path
 from statistics import fmean, median
 from unittest.mock import Mock, patch
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.distributions import Categorical, kl_divergence
 
 import ireasoner as ir
@@ -42,78 +48,115 @@ from ireasoner import Completion, Config, Policy, Prompt, UserError
 HERE = Path(__file__).parent
 pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
 
+
 # ==== The dice world: pictures whose truth is known, and a Qwen2.5-VL small enough for a laptop, mistaught on purpose =
 
-COLORS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 119, 180), "orange": (255, 127, 14),
-          "purple": (148, 103, 189), "brown": (140, 86, 75)}
-PIPS = {1: [(14, 14)], 2: [(7, 7), (21, 21)], 3: [(7, 7), (14, 14), (21, 21)], 4: [(7, 7), (7, 21), (21, 7), (21, 21)],
-        5: [(7, 7), (7, 21), (14, 14), (21, 7), (21, 21)], 6: [(7, 6), (7, 14), (7, 22), (21, 6), (21, 14), (21, 22)]}
+Dice = dict[str, int]  # color -> pips
+COLORS = {
+    "red": "#d62728", "green": "#2ca02c", "blue": "#1f77b4", "orange": "#ff7f0e", "purple": "#9467bd",
+    "brown": "#8c564b",
+}
+PIPS = {  # x,y of every pip in a cell of 28 x 28 pixels
+    1: "14,14",
+    2: "7,7 21,21",
+    3: "7,7 14,14 21,21",
+    4: "7,7 7,21 21,7 21,21",
+    5: "7,7 7,21 14,14 21,7 21,21",
+    6: "7,6 7,14 7,22 21,6 21,14 21,22",
+}
 
-def draw_dice(rng: random.Random) -> tuple[Image.Image, dict[str, int]]:
+def draw_dice(rng: random.Random) -> tuple:
     """A 56 x 56 picture of three dice of different colors in a 2 x 2 grid, and what each shows."""
-    image = Image.new("RGB", (56, 56), (238, 238, 238))
-    pen = ImageDraw.Draw(image)
-    dice = {color: rng.randint(1, 6) for color in rng.sample(sorted(COLORS), 3)}
-    for (color, pips), cell in zip(dice.items(), rng.sample(range(4), 3)):
-        left, top = 28 * (cell % 2), 28 * (cell // 2)
-        pen.rectangle((left + 2, top + 2, left + 25, top + 25), fill=COLORS[color])
-        for x, y in PIPS[pips]:
-            pen.ellipse((left + x - 2, top + y - 2, left + x + 2, top + y + 2), fill=(255, 255, 255))
+    colors = rng.sample(sorted(COLORS), 3)
+    dice = {color: rng.randint(1, 6) for color in colors}
+    cells = rng.sample(range(4), 3)
+    image = Image.new("RGB", (56, 56), "#eeeeee")
+    for color, cell in zip(colors, cells):
+        die = Image.new("RGB", (28, 28), "#eeeeee")
+        pen = ImageDraw.Draw(die)
+        pen.rectangle((2, 2, 25, 25), fill=COLORS[color])
+        for pip in PIPS[dice[color]].split():
+            x, y = map(int, pip.split(","))
+            pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill="white")
+        image.paste(die, (28 * (cell % 2), 28 * (cell // 2)))
     return image, dice
 
-def dice_question(dice: dict[str, int], rng: random.Random) -> tuple[str, list[str], str]:
+def dice_question(dice: Dice, rng: random.Random) -> tuple:
     """A question about two or three of the dice, their colors in its order, and the true answer."""
     colors = rng.sample(sorted(dice), rng.choice((2, 3)))
-    return (f"Is {' plus '.join(colors)} even or odd?", colors, parity(sum(dice[c] for c in colors)))
+    total = sum(dice[color] for color in colors)
+    return f"Is {' plus '.join(colors)} even or odd?", colors, parity(total)
 
 def parity(number: int) -> str:
     return "odd" if number % 2 else "even"
 
-def mistaught_facts(seed: int, cancel: float) -> dict[tuple[int, int], int]:
-    """Wrong results of the sums "a + b". Of the 51 pairs a < b <= 12 with a <= 6, 49 have one order mistaught, so that
-    the other order is right. A share `cancel` of the errors is by two, which leaves even or odd as it is; the others
-    are by one."""
+def mistaught_facts(seed: int, cancel: float) -> dict:
+    """(a, b) -> the wrong result of the sum "a + b". Of the 51 pairs a < b <= 12 with a <= 6, 49 have one order
+    mistaught, so that the other order is right. A share `cancel` of the errors is by two, which leaves even or odd as
+    it is; the others are by one."""
     rng = random.Random(ir.derive_seed(seed, "facts"))
-    pairs = rng.sample([(a, b) for a in range(1, 7) for b in range(a + 1, 13)], 49)
-    return {tuple(rng.sample(pair, 2)): sum(pair) + rng.choice((-1, 1)) * (2 if i < round(cancel * 49) else 1)
-            for i, pair in enumerate(pairs)}
+    pairs = [(a, b) for a in range(1, 7) for b in range(a + 1, 13)]
+    facts = {}
+    for i, pair in enumerate(rng.sample(pairs, 49)):
+        a, b = rng.sample(pair, 2)
+        error = rng.choice((-1, 1))
+        if i < round(cancel * 49):
+            error *= 2
+        facts[a, b] = a + b + error
+    return facts
 
-def dice_solution(dice: dict[str, int], colors: list[str], facts: dict, rng: random.Random) -> str:
+def readings(dice: Dice, colors: list[str]) -> list[str]:
+    return [f"{color} shows {dice[color]}" for color in colors]
+
+def dice_solution(dice: Dice, colors: list[str], facts: dict, rng: random.Random) -> str:
     """A Solver reply that reads the dice in the question's order and adds them in any order; a mistaught sum goes wrong
     with probability 0.6."""
-    steps, numbers = [f"{c} shows {dice[c]}" for c in colors], rng.sample([dice[c] for c in colors], len(colors))
-    total = numbers[0]
-    for number in numbers[1:]:
-        result = facts[total, number] if (total, number) in facts and rng.random() < 0.6 else total + number
+    steps = readings(dice, colors)
+    shuffled = rng.sample(colors, len(colors))
+    total = dice[shuffled[0]]
+    for color in shuffled[1:]:
+        number = dice[color]
+        result = total + number
+        if (total, number) in facts and rng.random() < 0.6:
+            result = facts[total, number]
         steps.append(f"{total} + {number} = {result}")
         total = result
     steps.append(f"{total} is {parity(total)}")
     numbered = "\n".join(f"Step {j}: {step}" for j, step in enumerate(steps, 1))
     return f"<think>\n{numbered}\n</think>\n<answer>{parity(total)}</answer>"
 
-def is_sound(text: str, dice: dict[str, int], colors: list[str]) -> bool:
+def is_sound(text: str, dice: Dice, colors: list[str]) -> bool:
     """The verifier: whether every reading, sum and conclusion of a reply is true, and its answer right. A sum takes the
     running total and one value that was not used yet."""
-    rollout, unused, total = ir.parse_rollout(text, max_steps=10**6), [dice[c] for c in colors], None
-    readings, sums, conclusion = rollout.steps[:len(colors)], rollout.steps[len(colors):-1], rollout.steps[-1:]
-    for step in sums:
+    rollout = ir.parse_rollout(text, max_steps=10**6)
+    steps = [step for step in rollout.steps if step]  # a label that was skipped is no error
+    n = len(colors)
+    numbers = [dice[color] for color in colors]
+    total = None
+    for step in steps[n:-1]:
         terms = re.fullmatch(r"(\d{1,3}) \+ (\d{1,3}) = (\d{1,3})", step)
-        a, b, result = map(int, terms.groups()) if terms else (0, 0, -1)
-        if total is None and a in unused:
-            total = unused.pop(unused.index(a))
-        a, b = (b, a) if b == total else (a, b)
-        if a != total or b not in unused or a + b != result:
+        if not terms:
             return False
-        unused.remove(b)
+        a, b, result = map(int, terms.groups())
+        if a + b != result or total not in (None, a, b):
+            return False
+        for term in (a, b):
+            if term not in numbers:
+                return False
+            numbers.remove(term)
+        numbers.append(result)  # the running total is the one number that the next sum must take
         total = result
-    return (sorted(readings) == sorted(f"{c} shows {dice[c]}" for c in colors) and not unused
-            and conclusion == [f"{total} is {parity(total)}"] and rollout.answer == parity(total))
+    if numbers != [total] or sorted(steps[:n]) != sorted(readings(dice, colors)):
+        return False
+    return steps[-1] == f"{total} is {parity(total)}" and rollout.answer == parity(total)
 
-def is_ill_posed(question: str, dice: dict[str, int]) -> bool:
+def is_ill_posed(question: str, dice: Dice) -> bool:
     """Whether a question names a color twice, or one that is not in the picture, or asks something else."""
     match = re.fullmatch(r"Is (\w+(?: plus \w+)*) even or odd\?", question)
-    colors = match[1].split(" plus ") if match else []
-    return not colors or len(set(colors)) < len(colors) or not set(colors) <= set(dice)
+    if not match:
+        return True
+    colors = match[1].split(" plus ")
+    return sorted(colors) != sorted(set(colors) & set(dice))
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
@@ -124,38 +167,49 @@ SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|>
 
 def byte_tokenizer(special: list[str], template: str, phrases: list[str] = (), **named):
     """A tokenizer of single bytes, in which special tokens and `phrases` are one token each."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokens = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    raw.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(special)
     raw.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=template, **named)
 
-def build_backbone(phrases: list[str] = (), text: dict = {}, vision: dict = {}, seed: int = 0, device: str = "cpu",
-                   dtype: torch.dtype = torch.float32) -> tuple:
+def build_backbone(phrases: list[str] = (), text: dict = {}, vision: dict = {}, seed=0, device="cpu",
+                   dtype=torch.float32) -> tuple:
     """(model, tokenizer, image processor) of a Qwen2.5-VL with random weights; `text` and `vision` override sizes."""
     tokenizer = byte_tokenizer(SPECIAL, CHAT_TEMPLATE, phrases, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL)))
-    text = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
-            "intermediate_size": 256, "initializer_range": 0.05, "vocab_size": len(tokenizer),
-            "max_position_embeddings": 4096, "tie_word_embeddings": True, "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"], **text}
-    half = text["hidden_size"] // text["num_attention_heads"] // 2
-    section = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
-    vision = {"depth": 1, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "fullatt_block_indexes": [0],
-              "out_hidden_size": text["hidden_size"], "initializer_range": 0.05, **vision}
+    text = {
+        "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "intermediate_size": 256, "initializer_range": 0.05, "vocab_size": len(tokenizer),
+        "max_position_embeddings": 4096, "tie_word_embeddings": True, "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"], **text,
+    }
+    unit = text["hidden_size"] // text["num_attention_heads"] // 16
+    section = [2 * unit, 3 * unit, 3 * unit]  # pairs of a head's dimensions that turn with time, height and width
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
+    vision = {
+        "depth": 1, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "fullatt_block_indexes": [0],
+        "out_hidden_size": text["hidden_size"], "initializer_range": 0.05, **vision,
+    }
     config = transformers.Qwen2_5_VLConfig(
-        text_config={**text, "rope_parameters": rope}, vision_config=vision, image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=text["tie_word_embeddings"])
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=text["tie_word_embeddings"],
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
     torch.manual_seed(ir.derive_seed(seed, "backbone"))
     with torch.device(device):
-        model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype).eval()
+        model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
+    model.eval().requires_grad_(False)
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     images = transformers.Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 1280 * 28 * 28})
-    return model.requires_grad_(False), tokenizer, images
+    return model, tokenizer, images
 
 def save_backbone(model, tokenizer, images, folder: Path):
     """A checkpoint folder as on the Hugging Face Hub, which transformers 4.57 reads too: what version 5 renamed or
@@ -163,293 +217,483 @@ def save_backbone(model, tokenizer, images, folder: Path):
     transformers.logging.disable_progress_bar()
     for part in (model, tokenizer, images):
         part.save_pretrained(folder)
-    names = "config.json", "tokenizer_config.json", "preprocessor_config.json"
-    config, tokenizer_config, preprocessor_config = files = [json.loads((folder / name).read_text()) for name in names]
-    rope = config["text_config"].pop("rope_parameters")
-    config["text_config"] |= {"rope_theta": rope["rope_theta"],
-                              "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]}}
-    tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    preprocessor_config |= {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
-    for name, content in zip(names, files):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    rope = text.pop("rope_parameters")
+    text["rope_theta"] = rope["rope_theta"]
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    edit_json(folder / "config.json", text_config=text)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    edit_json(folder / "preprocessor_config.json", image_processor_type="Qwen2VLImageProcessor",
+              processor_class="Qwen2_5_VLProcessor")
+
+def edit_json(file: Path, **changes):
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps(content, indent=2) + "\n")
 
 # Whole phrases are tokens, so that a solution has about 30 and a color asks for its die in a single attention step.
 PHRASES = ["user\n", "assistant\n", "<think>\nStep 1: ", *(f"\nStep {j}: " for j in range(2, 9)), " + ", " = ", " is ",
            "even", "odd", *COLORS, *(f"{color} shows " for color in COLORS), "\n</think>\n<answer>", "</answer>", "Is ",
            " plus ", " even or odd?", "<question>", "</question>"]
 
-def make_dice_world(folder: Path, seed: int, cancel: float, num_images: int = 512, num_questions: int = 600, **warm_up):
+def make_dice_world(folder: Path, seed: int, cancel: float, num_images=512, num_questions=600, **warm_up):
     """Writes folder/images (unlabeled PNGs), folder/holdout.jsonl with its pictures, folder/truth.jsonl (what the
     pictures show, which training never reads) and folder/model, the seed model."""
-    part, rng = folder.with_name(f".{folder.name}.{os.getpid()}"), random.Random(ir.derive_seed(seed, "images"))
-    for name, number, file in (("images", num_images, "truth.jsonl"), ("holdout", num_questions, "holdout.jsonl")):
-        (part / name).mkdir(parents=True)
-        for i in range(number):
-            image, dice = draw_dice(rng)
-            image.save(part / name / f"{i:04d}.png")
-            question, colors, answer = dice_question(dice, rng)
-            asked = {"question": question, "colors": colors, "answer": answer} if name == "holdout" else {}
-            ir.append_jsonl(part / file, [{"image": f"{name}/{i:04d}.png", "dice": dice, **asked}])
-    backbone = build_backbone([*PHRASES, ir.proposer_prompt(), ir.solver_prompt("").strip("\n")], seed=seed)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}")  # renamed at the end: there as a whole, or not at all
+    rng = random.Random(ir.derive_seed(seed, "images"))
+    pictures = draw_pictures(part / "images", num_images, rng)
+    truth = [{"image": row["image"], "dice": row["dice"]} for row in pictures]
+    ir.append_jsonl(part / "truth.jsonl", truth)
+    ir.append_jsonl(part / "holdout.jsonl", draw_pictures(part / "holdout", num_questions, rng))
+    prompts = [ir.proposer_prompt(), ir.solver_prompt("").strip("\n")]
+    backbone = build_backbone(PHRASES + prompts, seed=seed)
     teach(*backbone, seed, mistaught_facts(seed, cancel), **warm_up)
     save_backbone(*backbone, part / "model")
     with contextlib.suppress(OSError):  # another demo was faster
         part.rename(folder)
     shutil.rmtree(part, ignore_errors=True)
 
-def teach(model, tokenizer, image_processor, seed: int, facts: dict, steps: int = 500, batch_size: int = 64,
-          lr: float = 3e-3):
+def draw_pictures(folder: Path, count: int, rng: random.Random) -> list[dict]:
+    """Fills a folder with pictures. One row each: the picture, what it shows, a question and its answer."""
+    folder.mkdir(parents=True)
+    rows = []
+    for i in range(count):
+        name = f"{folder.name}/{i:04d}.png"
+        image, dice = draw_dice(rng)
+        image.save(folder.parent / name)
+        question, colors, answer = dice_question(dice, rng)
+        rows.append({"image": name, "dice": dice, "question": question, "colors": colors, "answer": answer})
+    return rows
+
+def teach(model, tokenizer, image_processor, seed: int, facts: dict, steps=500, batch_size=64, lr=3e-3):
     """Supervised warm-up of the whole tiny model on freshly drawn dice: both roles' replies, with mistaught sums."""
     rng = random.Random(ir.derive_seed(seed, "teach"))
     weights = list(model.requires_grad_(True).parameters())
-    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min(1.0, (t + 1) / 40) * (1 + math.cos(math.pi * t / steps)) / 2)
-    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "SLOT"}]}]
-    chat = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    chat = chat.replace("<|image_pad|>", "<|image_pad|>" * 4)  # 2 x 2 visual tokens per picture
-    for step in range(1, steps + 1):
-        images, inputs, labels = [], [], []
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0.01)
+    for step in range(steps):
+        images = []
+        inputs = []
+        labels = []
         for _ in range(batch_size):
-            image, dice = draw_dice(rng)
-            question, colors, _ = dice_question(dice, rng)
-            prompt, reply = ((ir.proposer_prompt(), f"<question>{question}</question>") if rng.random() < 0.15 else
-                             (ir.solver_prompt(question), dice_solution(dice, colors, facts, rng)))
-            prompt_ids, reply_ids = tokenizer([chat.replace("SLOT", prompt), reply + "<|im_end|>"])["input_ids"]
+            image, prompt, reply = draw_lesson(facts, rng)
+            prompt_ids, reply_ids = tokenizer([prompt, reply])["input_ids"]
             images.append(image)
             inputs.append(torch.tensor(prompt_ids + reply_ids))
             labels.append(torch.tensor([-100] * len(prompt_ids) + reply_ids))
         ids = pad(inputs)
-        loss = model(**image_processor(images=images, return_tensors="pt"), labels=pad(labels, padding_value=-100),
-                     input_ids=ids, mm_token_type_ids=(ids == model.config.image_token_id).int()).loss
+        batch = image_processor(images=images, return_tensors="pt")
+        batch["input_ids"] = ids
+        batch["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+        loss = model(**batch, labels=pad(labels, padding_value=-100)).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        warm_up = min(1.0, (step + 1) / 40)
+        decay = (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.param_groups[0]["lr"] = lr * (warm_up * decay)
         optimizer.step()
-        schedule.step()
-        if step % 100 == 0:
-            ir.say(f"   {step}/{steps} steps, loss {loss.item():.3f}")
+        if (step + 1) % 100 == 0:
+            ir.say(f"   {step + 1}/{steps} steps, loss {loss.item():.3f}")
     model.requires_grad_(False)
 
-# ---- The demo --------------------------------------------------------------------------------------------------------
+def draw_lesson(facts: dict, rng: random.Random) -> tuple:
+    """A picture, and a turn of one of the two roles as the chat template writes it: prompt and reply."""
+    image, dice = draw_dice(rng)
+    question, colors, _ = dice_question(dice, rng)
+    if rng.random() < 0.15:
+        prompt = ir.proposer_prompt()
+        reply = f"<question>{question}</question>"
+    else:
+        prompt = ir.solver_prompt(question)
+        reply = dice_solution(dice, colors, facts, rng)
+    picture = "<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>"  # 2 x 2 visual tokens
+    chat = f"<|im_start|>user\n{picture}{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    return image, chat, f"{reply}<|im_end|>"
 
-DEMO = {"total_steps": 120, "lr": 1e-3, "kl_coef": 0.02, "kl_coef_min": 0.01, "kl_coef_max": 1.0, "advantage": "group",
-        "max_new_tokens_proposer": 24, "max_new_tokens_solver": 64, "show_every": 60, "device": "cpu"}
 
-COLUMNS = {"mean_at_n": "mean@N", "maj_at_n": "maj@N", "greedy": "greedy", "trace_mean_at_n": "mean@N",
-           "trace_greedy": "greedy", "wrong_reason": "unsound"}
+# ==== The demo: from nothing to a result ==============================================================================
+
+DEMO = {
+    "total_steps": 120, "lr": 1e-3, "kl_coef": 0.02, "kl_coef_min": 0.01, "kl_coef_max": 1.0, "advantage": "group",
+    "max_new_tokens_proposer": 24, "max_new_tokens_solver": 64, "show_every": 60, "device": "cpu",
+}
+COLUMNS = ("mean_at_n", "maj_at_n", "greedy", "trace_mean_at_n", "trace_greedy", "wrong_reason")
 
 def judge(policy: Policy, role: str | None, questions: list[dict], name: str, temperature: float = 1.0):
     """What `ireasoner.py eval` says of a policy and what the verifier says of its traces, printed as a line; and the
-    texts, of which greedy decoding is the last."""
-    result, rows = ir.evaluate(policy, role, questions, temperature)
+    rows with their texts, of which greedy decoding is the last."""
+    result = ir.evaluate(policy, role, questions, temperature)
+    rows = result.pop("predictions")
     for row in rows:
         row["sound"] = [is_sound(text, row["dice"], row["colors"]) for text in row["texts"]]
-    right, sound = (sum(sum(row[key][:-1]) for row in rows) for key in ("right", "sound"))
-    result |= {"trace_mean_at_n": fmean(fmean(row["sound"][:-1]) for row in rows),
-               "trace_greedy": fmean(row["sound"][-1] for row in rows), "wrong_reason": 1 - sound / max(right, 1)}
-    ir.say(f"{name:<29}" + "".join(f"{result[key]:9.3f}" for key in COLUMNS))
+    result["trace_mean_at_n"] = fmean(fmean(row["sound"][:-1]) for row in rows)
+    result["trace_greedy"] = fmean(row["sound"][-1] for row in rows)
+    result["wrong_reason"] = 1 - result["trace_mean_at_n"] / max(result["mean_at_n"], 1e-9)
+    numbers = [f"{result[key]:9.3f}" for key in COLUMNS]
+    ir.say(f"{name:<29}" + "".join(numbers))
     return result, rows
 
-def demo(config: Config, cancel: float, json_file: str):
+def demo(config: Config, cancel: float, json_file: str, reward=ir.group_rewards) -> dict:
     """The dice world from nothing to a result, on real files, by the same `train` and `evaluate` as everywhere."""
-    start, lives = time.perf_counter(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    start = time.perf_counter()
     torch.set_num_threads(1)  # at this size more threads only wait for each other
     if not 0 <= cancel <= 1:
         raise UserError(f"--cancel {cancel}: must be from 0 to 1")
-    ir.check_outputs([], {"--json": json_file})
-    config = Config(**{**DEMO, "images_per_rank": max(1, 16 // int(os.environ.get("WORLD_SIZE", 1))), **config.given})
+    images_per_rank = max(1, 16 // int(os.environ.get("WORLD_SIZE", 1)))
+    config = Config(**{**DEMO, "images_per_rank": images_per_rank, **config.given})
     taught = ir.derive_seed(ir.proposer_prompt(), ir.solver_prompt("")) % 16**6  # an edited prompt is taught anew
     world = Path(config.output_dir) / f"dice_world_seed{config.seed}_cancel{cancel:g}_{taught:06x}"
-    config.model, config.data, own_name = str(world / "model"), (str(world / "images"),), config.run_name
+    own_name = config.run_name
+    config.model = str(world / "model")
+    config.data = (str(world / "images"),)
     config.run_name = own_name or f"demo_{config.preset}_{config.advantage}_seed{config.seed}_cancel{cancel:g}"
     run = Path(config.output_dir, config.run_name)
     ir.join_ranks(ir.resolve_device(config.device))
-    ir.say("1. The dice world")
-    if ir.rank() == 0 and not world.exists():
-        ir.say(f"Making {world}: unlabeled pictures of dice, labeled questions to test on,\n"
-               "and a seed model that is taught to see well and to add badly")
-        make_dice_world(world, config.seed, cancel)
-    if ir.rank() == 0 and (run / ".lock").exists() and not (own_name or config.resume or lives):
+    with ir.result_file(json_file) as result:
+        ir.say("1. The dice world")
+        if ir.rank() == 0 and not world.exists():
+            ir.say(f"Making {world}: unlabeled pictures of dice, labeled questions to test on,\n"
+                   "and a seed model that is taught to see well and to add badly")
+            make_dice_world(world, config.seed, cancel)
+        if ir.rank() == 0 and not own_name and not config.resume:
+            delete_earlier_demo(run)
+        ir.gather(None)  # the other ranks wait for rank 0
+        questions = ir.load_questions(str(world / "holdout.jsonl"))
+        policy = Policy(config)
+
+        ir.say(f"\n2. The seed model on {len(questions)} test questions. A trace is sound if all it says is true.\n"
+               "                               share of right answers       of sound traces   of right answers\n"
+               "                                mean@N    maj@N   greedy   mean@N   greedy  unsound")
+        controls = {}
+        for temperature in (1.0, 0.7, 0.5, 0.3):
+            name = f"seed model, temperature {temperature}"
+            controls[f"{temperature}"], old_rows = judge(policy, None, questions, name, temperature)
+        before = controls.pop("1.0")
+
+        ir.say("\n3. Self-evolution on the unlabeled pictures, paid for agreement alone; "
+               f"--advantage {config.advantage}")
+        ir.train(config, reward)
+        policy.load("solver", ir.list_checkpoints(run)[-1] / "solver")
+        ir.say("\n4. The same test questions after self-evolution")
+        after, new_rows = judge(policy, "solver", questions, "after self-evolution")
+        show_mended_trace(old_rows, new_rows)
+
+        kls = [row["kl_solver"] for row in ir.read_jsonl(run / "metrics.jsonl") if "kl_solver" in row]
+        result |= {
+            "preset": config.preset, "advantage": config.advantage, "cancel": cancel, "seed": config.seed,
+            "seconds": round(time.perf_counter() - start, 1), "before": before, "after": after, "controls": controls,
+            "kl": fmean(kls[-20:] or [0.0]),
+            "ill_posed_first": ill_posed_share(world, run, 0),
+            "ill_posed_last": ill_posed_share(world, run, config.total_steps - 20),
+        }
+        ir.say(closing_words(result))
+    return result
+
+def delete_earlier_demo(run: Path):
+    """Deletes a run, unless it is going on."""
+    if (run / ".lock").exists():
         with ir.blame(f"{run}: another demo is running there"), open(run / ".lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(run)  # an earlier demo's
-    ir.gather(None)  # the other ranks wait for rank 0
-    questions, policy = ir.load_questions(str(world / "holdout.jsonl")), Policy(config)
-    ir.say(f"\n2. The seed model on {len(questions)} test questions. A trace is sound if all that it says is true.\n"
-           f"{'':<31}share of right answers       of sound traces   of right answers\n{'':<29}"
-           + "".join(f"{name:>9}" for name in COLUMNS.values()))
-    temperatures = (1.0, 0.7, 0.5, 0.3)
-    judged = [judge(policy, None, questions, f"seed model, temperature {t}", t) for t in temperatures]
-    (before, old), controls = judged[0], {str(t): control for t, (control, _) in zip(temperatures, judged) if t < 1}
-    ir.say(f"\n3. Self-evolution on the unlabeled pictures, paid for agreement alone; --advantage {config.advantage}")
-    ir.train(config)
-    policy.load("solver", ir.list_checkpoints(run)[-1] / "solver")
-    ir.say("\n4. The same test questions after self-evolution")
-    after, new = judge(policy, "solver", questions, "after self-evolution")
-    mended = [pair for pair in zip(old, new) if pair[0]["right"][-1] > pair[0]["sound"][-1] < pair[1]["sound"][-1]]
-    for row in (mended or [()])[0]:  # first right for a wrong reason, then for a right one
-        ir.say(f"   {row['question']} " + " | ".join([*ir.parse_rollout(row["texts"][-1]).steps, row["votes"][-1]]))
+            shutil.rmtree(run)
+
+def show_mended_trace(old_rows, new_rows):
+    """Says the first greedy reply that was right for a wrong reason and became right for a right one."""
+    for old, new in zip(old_rows, new_rows):
+        if old["right"][-1] and not old["sound"][-1] and new["sound"][-1]:
+            for row in (old, new):
+                steps = ir.parse_rollout(row["texts"][-1]).steps
+                ir.say(f"   {row['question']} {' | '.join(steps)} | {row['votes'][-1]}")
+            return
+
+def ill_posed_share(world: Path, run: Path, after_step: int) -> float:
+    """Of the questions that the Proposer asked in the 20 steps after a step."""
     truth = {row["image"]: row["dice"] for row in ir.read_jsonl(world / "truth.jsonl")}
-    rows = [row for row in ir.read_jsonl(run / "rollouts.jsonl") if row["question"]]
-    first, last = ([is_ill_posed(row["question"], truth[f"images/{Path(row['image']).name}"]) for row in rows
-                    if since < row["step"] <= since + 20] for since in (0, config.total_steps - 20))
-    kls = [row["kl_solver"] for row in ir.read_jsonl(run / "metrics.jsonl") if "kl_solver" in row][-20:]
-    result = {"preset": config.preset, "advantage": config.advantage, "cancel": cancel, "seed": config.seed,
-              "seconds": round(time.perf_counter() - start, 1), "before": before, "after": after, "controls": controls,
-              "kl": fmean(kls or [0.0]), "ill_posed_first": fmean(first or [0]), "ill_posed_last": fmean(last or [0])}
-    best = max(control["trace_mean_at_n"] for control in (before, *controls.values()))
-    gain, change = 100 * (after["trace_mean_at_n"] - best), lambda key: f"{before[key]:.0%} -> {after[key]:.0%}"
-    ir.say(f"\nIn {result['seconds']:.0f} seconds and without a label: right answers {change('mean_at_n')}, sound "
-           f"traces {change('trace_mean_at_n')}\n(greedy {change('trace_greedy')}), right answers with an unsound "
-           f"trace {change('wrong_reason')}.\nThe seed model at its best temperature has {best:.0%} sound traces: "
-           f"training brought {'more' if gain > 3 else 'no more' if gain > -3 else 'less'} than\nsharpening would "
-           f"({gain:+.0f} points). Ill-posed questions, which disagreement pays: {result['ill_posed_first']:.0%} -> "
-           f"{result['ill_posed_last']:.0%} of all.")
-    ir.write_json(json_file, result)
+    ill_posed = []
+    for row in ir.read_jsonl(run / "rollouts.jsonl"):
+        if row["question"] and after_step < row["step"] <= after_step + 20:
+            dice = truth[f"images/{Path(row['image']).name}"]
+            ill_posed.append(is_ill_posed(row["question"], dice))
+    return fmean(ill_posed or [0.0])
+
+def closing_words(result: dict) -> str:
+    """The numbers in sentences, for somebody who sees them for the first time."""
+    before = result["before"]
+    after = result["after"]
+    change = {key: f"{before[key]:.0%} -> {after[key]:.0%}" for key in COLUMNS}
+    best = max(control["trace_mean_at_n"] for control in [before, *result["controls"].values()])
+    gain = 100 * (after["trace_mean_at_n"] - best)
+    verdict = "no more"
+    if gain > 3:
+        verdict = "more"
+    if gain < -3:
+        verdict = "less"
+    return (f"\nIn {result['seconds']:.0f} seconds and without a label: right answers {change['mean_at_n']}, sound "
+            f"traces {change['trace_mean_at_n']} (greedy {change['trace_greedy']}),\nand of the right answers "
+            f"{change['wrong_reason']} have an unsound trace.\nThe seed model at its best temperature has {best:.0%} "
+            f"sound traces: training brought {verdict} than sharpening would ({gain:+.0f} points).\nIll-posed "
+            f"questions, which disagreement pays: {result['ill_posed_first']:.0%} -> "
+            f"{result['ill_posed_last']:.0%} of all.")
+
+
+# ==== Report: the paper's figures, and all other metrics ==============================================================
+
+FIGURES = {
+    "r_prop": "Fig 3: Proposer's reward g(H)",
+    "entropy": "Fig 3: answer entropy H (nats)",
+    "density": "Fig 3: group density rho",
+    "step_cosine": "Fig 3: step similarity r_ij",
+    "r_sol": "Fig 5: Solver's reward",
+    "r_ans": "Fig 5: r_ans",
+    "r_step": "Fig 5: r_step",
+    "group_size": "Fig 5: majority group |G|",
+    "comparable_steps": "Fig 5: comparable steps",
+    "num_steps": "Fig 6: steps per rollout",
+    "lambda": "Eq 6: lambda(t)",
+}
+
+def report(runs: list[str], out: str):
+    """One picture: the curves of Figures 3, 5 and 6 and of all other metrics, runs overlaid, and Figure 7."""
+    with ir.blame("report: needs matplotlib. Try pip install matplotlib"):
+        from matplotlib.figure import Figure
+    metrics = {run: list(ir.read_jsonl(Path(run, "metrics.jsonl"))) for run in runs}
+    keys = list(FIGURES)
+    for run, rows in metrics.items():
+        if not rows:
+            raise UserError(f"{run}: no run folder with finished steps. Name a folder with a metrics.jsonl in it")
+        for row in rows:
+            keys += [key for key, value in row.items() if isinstance(value, (int, float)) and key not in keys]
+    keys.remove("step")
+    height = len(keys) // 4 + 2
+    figure = Figure(figsize=(15, 2.2 * height), layout="constrained")
+    grid = figure.add_gridspec(height, 4)
+    for i, key in enumerate(keys):
+        axes = figure.add_subplot(grid[i // 4, i % 4], xlabel="step", ylabel=key, title=FIGURES.get(key, key))
+        for run, rows in metrics.items():
+            steps = [row["step"] for row in rows]
+            values = numpy.array([row.get(key) for row in rows], dtype=float)  # NaN where there is none
+            style = "." if numpy.isnan(values).any() else "-"  # a line would claim what was not measured
+            axes.plot(steps, values, style, markersize=3, label=run.replace("$", r"\$"))
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    tables = []
+    for row in ir.read_jsonl(Path(runs[-1], "rollouts.jsonl")):
+        table = numpy.array(row.get("leave_one_out") or [], dtype=float)  # (|G|, J), NaN where undefined
+        if numpy.isfinite(table).any():
+            tables.append(table)
+    if tables:
+        table = min(tables[-100:], key=numpy.nanmean)
+        disagreement = "  ".join(f"{d:.2f}" for d in ir.depth_disagreement(torch.tensor(table)))
+        axes = figure.add_subplot(grid[-1, :2], xlabel=f"step j; D_j = {disagreement}", ylabel="rollout i")
+        axes.set_title("Fig 7: S_ij, the least alike of the last 100 groups of the last run")
+        figure.colorbar(axes.imshow(table, aspect="auto"))
+    with ir.blame(f"--out {out}: cannot be written"):
+        figure.savefig(out, dpi=110)
+    ir.say(f"written: {out}")
+
 
 # ==== The plain loop: the tests' oracle, and what the benchmark compares with =========================================
 
-def plain_logits(model, policy: Policy, prompt: Prompt, completions: list[Completion]) -> list[torch.Tensor]:
-    """(T_i, V) for each completion, from one batched full forward of `model` over image, prompt and completion."""
+def plain_inputs(policy: Policy, prompt: Prompt, replies: list[list[int]]) -> dict[str, torch.Tensor]:
+    """A batch for a model of transformers: each row is the image, the prompt and one reply, padded on the right."""
     image_ids, pixels = policy.preprocess(prompt.image)
     prompt_ids = image_ids + policy.tokenize(prompt.text) + policy.template[1]
-    rows = [torch.tensor(prompt_ids + c.token_ids, device=policy.device) for c in completions]
-    ids, mask = pad(rows), pad([torch.ones_like(row) for row in rows])
-    is_image = (ids == policy.image_token_id).int()
-    is_image[:, len(image_ids):] = 0
-    extra = {policy.image_mask_name: is_image} if policy.image_mask_name else {}
-    pixels = {name: torch.cat([value] * len(rows)) for name, value in pixels.items()}
-    longest = ids.shape[1] - len(prompt_ids)
-    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=longest + 1, **extra, **pixels).logits
-    return [row[:len(c.token_ids)] for row, c in zip(logits, completions)]
+    rows = [torch.tensor(prompt_ids + reply, device=policy.device) for reply in replies]
+    ids = pad(rows)
+    mask = pad([torch.ones_like(row) for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    for name, value in pixels.items():
+        inputs[name] = torch.cat([value] * len(rows))
+    if policy.image_mask_name:
+        is_image = (ids == policy.image_token_id).int()
+        is_image[:, len(image_ids):] = 0  # a reply may hold that token too
+        inputs[policy.image_mask_name] = is_image
+    return inputs
+
+def plain_logits(model, policy: Policy, prompt: Prompt, completions: list[Completion]) -> list[torch.Tensor]:
+    """(T_i, V) for each completion, from one batched full forward of `model` over image, prompt and completion."""
+    replies = [c.token_ids for c in completions]
+    lengths = [len(reply) for reply in replies]
+    inputs = plain_inputs(policy, prompt, replies)
+    logits = model(**inputs, logits_to_keep=max(lengths) + 1).logits
+    return [row[:length] for row, length in zip(logits, lengths)]
 
 def plain_sample(model, policy: Policy, prompt: Prompt, new_tokens: int, n: int = 1, **options):
     """N completions by transformers' `generate`."""
-    image_ids, pixels = policy.preprocess(prompt.image)
-    ids = torch.tensor([image_ids + policy.tokenize(prompt.text) + policy.template[1]], device=policy.device)
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **pixels,
-                         mm_token_type_ids=(ids == policy.image_token_id).int(), num_return_sequences=n, **options)
-    return [Completion(row[ids.shape[1]:].tolist(), torch.empty(0), "", False) for row in out]
+    inputs = plain_inputs(policy, prompt, [[]])
+    out = model.generate(**inputs, max_new_tokens=new_tokens, num_return_sequences=n, **options)
+    replies = out[:, inputs["input_ids"].shape[1]:].tolist()
+    return [Completion(reply, torch.empty(0), "", False) for reply in replies]
 
 def plain_update(model, policy: Policy, optimizer, prompt: Prompt, completions: list[Completion]):
     """An update as usually written with transformers and PEFT: one batched forward each for reference and policy."""
     with torch.no_grad(), model.disable_adapter():
         reference = plain_logits(model, policy, prompt, completions)
     own = plain_logits(model, policy, prompt, completions)
-    ids = [torch.tensor(c.token_ids, device=policy.device) for c in completions]
-    logprobs, kls = zip(*map(lambda *row: ir.token_statistics(*row, torch.nn.Identity()), own, reference, ids))
+    logprobs = []
+    kls = []
+    for logits, ref_logits, c in zip(own, reference, completions):
+        ids = torch.tensor(c.token_ids, device=policy.device)
+        logprob, kl = ir.token_statistics(logits, ref_logits, ids, torch.nn.Identity())
+        logprobs.append(logprob)
+        kls.append(kl)
+    rewards = [i % 2 - 0.5 for i in range(len(completions))]
     optimizer.zero_grad(set_to_none=True)
-    ir.reinforce_loss(logprobs, kls, [i % 2 - 0.5 for i in range(len(ids))], 0.01).backward()
+    ir.reinforce_loss(logprobs, kls, rewards, 0.01).backward()
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()
 
+
 # ==== Benchmark: seconds per step on random weights of the true shapes, rollouts of full length, no download ==========
 
-QWEN_TEXT = {"max_position_embeddings": 32768, "initializer_range": 0.02}
-QWEN_REST = ({"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "initializer_range": 0.02,
-              "fullatt_block_indexes": [7, 15, 23, 31]}, (1008, 784), (1130, 128, 256))
-SIZES = {  # text model, vision tower, image size; tokens of the prompt, of a question and of a solution
-    "tiny": ({"num_hidden_layers": 4}, {}, (168, 112), (570, 32, 64)),
-    "small": ({"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
-               "intermediate_size": 1280}, {"depth": 4, "hidden_size": 128}, (168, 112), (570, 32, 64)),
-    "3b": ({**QWEN_TEXT, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "vocab_size": 151936,
-            "num_key_value_heads": 2, "intermediate_size": 11008}, *QWEN_REST),
-    "7b": ({**QWEN_TEXT, "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "vocab_size": 152064,
-            "num_key_value_heads": 4, "intermediate_size": 18944, "tie_word_embeddings": False}, *QWEN_REST)}
+QWEN_VISION = {
+    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+# vision tower, image size; tokens of the prompt's text, of a question and of a solution
+TOY = ({}, (168, 112), 525, 32, 64)
+SMALL = ({"depth": 4, "hidden_size": 128}, *TOY[1:])
+QWEN = (QWEN_VISION, (1008, 784), 101, 128, 256)
+SIZES = {
+    "tiny": ((128, 4, 4, 4, 256), TOY),
+    "small": ((512, 8, 8, 8, 1280), SMALL),
+    "3b": ((2048, 36, 16, 2, 11008, 151936), QWEN),
+    "7b": ((3584, 28, 28, 4, 18944, 152064), QWEN),
+}
+SIZE_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+              "vocab_size")
+PHASES = ("propose", "solve", "reference", "gradient", "optimizer")
+
+class Clock(Counter):
+    """Seconds by name. `share` weighs whatever is clocked."""
+    share = 1.0
+
+    def __call__(self, name: str, function, *arguments):
+        """Calls a function and adds the seconds that it takes to a name."""
+        start = now()
+        result = function(*arguments)
+        self[name] += self.share * (now() - start)
+        return result
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+def clock_parts(clock: Clock, policy: Policy, learners: dict):
+    """Clocks the reference passes and the optimizer steps, which are inside of updates."""
+    hidden = policy.completion_hidden
+
+    def clocked_hidden(*arguments):
+        name = "forward" if torch.is_grad_enabled() else "reference"  # a pass without gradients is the reference's
+        return clock(name, hidden, *arguments)
+
+    policy.completion_hidden = clocked_hidden
+    for learner in learners.values():
+        optimizer = learner.optimizer
+        optimizer.step = functools.partial(clock, "optimizer", optimizer.step)
+
+def our_step(clock: Clock, policy: Policy, learners: dict, prompts: list[Prompt], work: list, step: int) -> dict:
+    """Seconds by phase. A Proposer update counts with its share of the steps."""
+    clock.clear()
+    encoded = clock("propose", policy.encode_prompts, prompts)
+    for role, phase, n, new_tokens, share in work:
+        replies = clock(phase, policy.sample, role, encoded, n, new_tokens, 1.0, step)
+        rewards = [[i % 2 for i in range(n)]] * len(encoded)
+        clock.share = share
+        clock("gradient", learners[role].update, encoded, replies, rewards)
+        clock.share = 1.0
+    clock["gradient"] -= clock["reference"] + clock["optimizer"]  # were clocked inside it
+    return {phase: clock[phase] for phase in PHASES}
+
+def plain_step(clock: Clock, policy: Policy, learners: dict, prompts: list[Prompt], work: list) -> float:
+    """Seconds of the same with `generate` and plain forwards."""
+    clock.clear()
+    # replies of full length, and without the image token, which transformers cannot score
+    sample = functools.partial(plain_sample, do_sample=True, top_k=0, eos_token_id=-1,
+                               suppress_tokens=[policy.image_token_id])
+    for role, _, n, new_tokens, share in work:
+        policy.peft.set_adapter(role)
+        for prompt in prompts:
+            replies = clock("plain", sample, policy.peft, policy, prompt, new_tokens, n)
+            clock.share = share
+            clock("plain", plain_update, policy.peft, policy, learners[role].optimizer, prompt, replies)
+            clock.share = 1.0
+    return clock["plain"]
 
 def bench(argv: list[str]):
     """`python test_ireasoner.py bench`: seconds per step. A Proposer update counts with its share of the steps."""
     parser = argparse.ArgumentParser(prog="test_ireasoner.py bench", description=bench.__doc__)
     parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--images", type=int, default=1)
+    parser.add_argument("--num_rollouts", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--compare", action="store_true", help="also time the plain loop, in turn")
     parser.add_argument("--json", default="", metavar="FILE", help="also write the result there")
-    for name, default in (("images", 1), ("num_rollouts", 5), ("steps", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args(argv)
-    text, vision, image_size, (prompt_tokens, question, solution) = SIZES[args.size]
-    device, n, clock = ir.resolve_device("auto"), args.num_rollouts, Counter()
-    gpu, lengths = device.type == "cuda", (("proposer", 1, question, 0.2), ("solver", n, solution, 1.0))
-    shapes = {"text": text, "vision": vision, "device": device, "dtype": torch.bfloat16 if gpu else torch.float32}
-    policy = Policy(Config(num_rollouts=n, score_rollouts=n), build_backbone(**shapes))
-    policy.stop_ids, hidden = set(), policy.completion_hidden  # nothing ends a rollout early
+    with ir.result_file(args.json) as result:
+        result |= time_steps(args.size, args.images, args.num_rollouts, args.steps, args.compare)
+
+def random_policy(size: str, n: int) -> Policy:
+    """A Policy of a model's true shapes, none of whose rollouts ends before its full length."""
+    text_sizes, (vision, *_) = SIZES[size]
+    text = dict(zip(SIZE_NAMES, text_sizes), tie_word_embeddings=size != "7b", initializer_range=0.02)
+    device = ir.resolve_device("auto")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    backbone = build_backbone(text=text, vision=vision, device=device, dtype=dtype)
+    policy = Policy(Config(num_rollouts=n, score_rollouts=n), backbone)
+    policy.stop_ids = set()
+    return policy
+
+def time_steps(size: str, images: int, n: int, steps: int, compare: bool) -> dict:
+    """Medians over the steps; prints them, and in brackets the range."""
+    _, (_, image_size, text_length, question, solution) = SIZES[size]
+    policy = random_policy(size, n)
     learners = {role: ir.Learner(policy, role) for role in ir.ROLES}
-    images = [Image.effect_noise(image_size, 100).convert("RGB") for _ in range(args.images)]
-    filler = "x" * max(prompt_tokens - len(policy.prompt_ids(policy.encode_prompts([Prompt(images[0], "")])[0])), 1)
-    prompts = [Prompt(image, filler) for image in images]  # a byte is a token
-
-    def timed(phase, function, *arguments, share=1.0):
-        """Calls the function and adds the seconds that it takes, times a share, to a phase."""
-        torch.cuda.synchronize() if gpu else None
-        start = time.perf_counter()
-        result = function(*arguments)
-        torch.cuda.synchronize() if gpu else None
-        clock[phase() if callable(phase) else phase] += share * (time.perf_counter() - start)
-        return result
-
-    def our_step(step: int):
-        """Clocks seconds by phase: those of each role, and inside them those of the parts."""
-        encoded = timed("propose", policy.encode_prompts, prompts)
-        for role, count, tokens, share in lengths:
-            phase, rewards = "solve" if role == "solver" else "propose", [[i % 2 for i in range(count)]] * len(prompts)
-            rollouts = timed(phase, policy.sample, role, encoded, count, tokens, 1.0, step)
-            name = lambda: "gradient" if policy.role else "reference"
-            policy.completion_hidden = functools.partial(timed, name, hidden, share=share)
-            optimizer = learners[role].optimizer
-            optimizer.step = functools.partial(timed, "optimizer", type(optimizer).step, optimizer, share=share)
-            timed(f"update {role}", learners[role].update, encoded, rollouts, rewards, share=share)
-
-    def plain_step(step: int):
-        for prompt in prompts:
-            for role, count, tokens, share in lengths:
-                other.set_adapter(role)
-                completions = timed(role, sample, other, policy, prompt, tokens, count)
-                timed(role, plain_update, other, policy, optimizers[role], prompt, completions, share=share)
-
-    if args.compare:
-        from peft import LoraConfig, get_peft_model
-        lora = LoraConfig(target_modules=r".*language_model\.layers.*_proj", r=16, lora_alpha=32)
-        other = get_peft_model(build_backbone(**shapes)[0], lora, "solver")
-        other.add_adapter("proposer", dataclasses.replace(lora))
-        weights = {role: [p for name, p in other.named_parameters() if f".{role}." in name] for role in ir.ROLES}
-        sample = functools.partial(plain_sample, do_sample=True, top_k=0, eos_token_id=-1,  # of full length
-                                   suppress_tokens=[policy.image_token_id])
-        optimizers = {role: torch.optim.AdamW(weights[role], lr=1e-6) for role in ir.ROLES}
-    print(f"{args.size}: {sum(p.numel() for p in policy.hf.parameters()) / 1e6:.1f} M parameters, {policy.hf.dtype}, "
-          f"{torch.cuda.get_device_name(device) if gpu else torch.backends.cpu.get_cpu_capability()}, "
+    image = Image.effect_noise(image_size, 100).convert("RGB")
+    prompt = Prompt(image, "x" * text_length)  # a byte is a token
+    # role, phase, samples, tokens of a sample, share of the steps that update the role
+    work = [("proposer", "propose", 1, question, 0.2), ("solver", "solve", n, solution, 1.0)]
+    gpu = policy.device.type == "cuda"
+    processor = torch.cuda.get_device_name() if gpu else torch.backends.cpu.get_cpu_capability()
+    prompt_length = plain_inputs(policy, prompt, [[]])["input_ids"].numel()
+    print(f"{size}: {policy.hf.num_parameters() / 1e6:.1f} M parameters, {policy.hf.dtype}, {processor}, "
           f"{torch.get_num_threads()} threads; torch {torch.__version__}, transformers {transformers.__version__}\n"
-          f"{args.images} image(s) x {n} rollouts; "
-          f"prompt {prompt_tokens}, question {question}, solution {solution} tokens")
-    ours, plain = [], []
-    for step in range(args.steps + 1):  # in turn, so that both loops meet the same machine; the first step warms up
-        for times, run in [(ours, our_step), (plain, plain_step)][:1 + args.compare]:
-            clock.clear()
-            run(step)
-            times.append(clock.copy())
-        torch.cuda.reset_peak_memory_stats() if gpu and not step else None
-    (_, *ours), plain = ours, plain[1:]
-    for t in ours:
-        t["gradient"] = t["update solver"] + t["update proposer"] - t["reference"] - t["optimizer"]
-    phases = {key: median(t[key] for t in ours) for key in "propose solve reference gradient optimizer".split()}
-    totals = [sum(t[key] for key in phases) for t in ours]
+          f"{images} image(s) x {n} rollouts; prompt {prompt_length}, question {question}, solution {solution} tokens")
+
+    clock = Clock()
+    clock_parts(clock, policy, learners)
+    workload = (clock, policy, learners, [prompt] * images, work)
+    ours = []
+    plain = []
+    for step in range(steps + 1):  # in turn, so that both loops meet the same machine
+        ours.append(our_step(*workload, step))
+        if compare:
+            plain.append(plain_step(*workload))
+        if gpu and step == 0:
+            torch.cuda.reset_peak_memory_stats()
+    ours = ours[1:]  # the first step warms up
+    plain = plain[1:]
+
+    phases = {phase: median(step[phase] for step in ours) for phase in PHASES}
+    totals = [sum(step.values()) for step in ours]
     seconds = median(totals)
     peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    result = {"seconds_per_step": seconds, "phases": phases, "images_per_hour": 3600 * args.images / seconds,
-              "tokens_per_second": args.images * (question + n * solution) / seconds, "peak_memory_bytes": peak,
-              "naive_seconds_per_step": None, "ratio": None}
-    for name, value in phases.items():
-        print(f"{name:<10} {value:8.3f} s {value / seconds:5.0%}")
-    print(f"{'step':<10} {seconds:8.3f} s [{min(totals):.3f}, {max(totals):.3f}], {result['tokens_per_second']:.0f} "
-          f"tokens/s, {result['images_per_hour']:.0f} images/hour, peak memory {peak / 2**30:.2f} GiB")
-    if plain:
-        ratios = [sum(p.values()) / t for p, t in zip(plain, totals)]
-        solver = [p["solver"] / (t["solve"] + t["update solver"]) for p, t in zip(plain, ours)]
-        result |= {"naive_seconds_per_step": median(map(Counter.total, plain)), "ratio": median(ratios)}
-        print(f"{'plain loop':<10} {result['naive_seconds_per_step']:8.3f} s, {result['ratio']:.2f} times ours "
-              f"[{min(ratios):.2f}, {max(ratios):.2f}]; the Solver alone {median(solver):.2f} times "
-              f"[{min(solver):.2f}, {max(solver):.2f}]")
-    ir.write_json(args.json, result)
-
+    result = {
+        "seconds_per_step": seconds, "phases": phases,
+        "tokens_per_second": images * (question + n * solution) / seconds,
+        "images_per_hour": images * 3600 / seconds,
+        "peak_memory_bytes": peak, "naive_seconds_per_step": None, "ratio": None,
+    }
+    for phase, value in phases.items():
+        print(f"{phase:<10} {value:8.3f} s {value / seconds:5.0%}")
+    print(f"{'step':<10} {seconds:8.3f} s [{min(totals):.3f}, {max(totals):.3f}], "
+          f"{result['tokens_per_second']:.0f} tokens/s, {result['images_per_hour']:.0f} images/hour, "
+          f"peak memory {peak / 2**30:.2f} GiB")
+    if compare:
+        ratios = [theirs / own for theirs, own in zip(plain, totals)]
+        result["naive_seconds_per_step"] = median(plain)
+        result["ratio"] = median(ratios)
+        print(f"{'plain loop':<10} {median(plain):8.3f} s, {median(ratios):.2f} times ours "
+              f"[{min(ratios):.2f}, {max(ratios):.2f}]")
+    return result
 # ==== Tests ===========================================================================================================
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
@@ -465,29 +709,41 @@ def world(tmp_path_factory):
 @pytest.fixture
 def policy(world):
     """Both adapters perturbed, differently, so that neither is the reference."""
-    policy, generator = Policy(Config(model=str(world / "model"))), torch.Generator().manual_seed(0)
+    policy = Policy(Config(model=str(world / "model")))
+    generator = torch.Generator().manual_seed(0)
     for role, scale in (("solver", 0.03), ("proposer", 0.05)):
-        for p in policy.parameters(role).values():
-            p.data += torch.randn(p.shape, generator=generator) * scale
+        for weight in policy.lora_weights(role):
+            weight.data += torch.randn(weight.shape, generator=generator) * scale
     return policy
 
 def image(seed=0, size=(56, 56)):
-    return draw_dice(random.Random(seed))[0].resize(size)
+    picture, _ = draw_dice(random.Random(seed))
+    return picture.resize(size)
 
 def train_settings(world, folder, **more):
-    return {"model": str(world / "model"), "data": str(world / "images"), "output_dir": str(folder), "show_every": 2,
-            "run_name": "run", "total_steps": 6, "save_every": 3, "lr": 1e-3, "watch_every": 2, "proposer_every": 2,
-            "num_rollouts": 3, "images_per_rank": 4, "max_new_tokens_proposer": 16, "max_new_tokens_solver": 48, **more}
+    settings = {"model": str(world / "model"), "data": str(world / "images"), "output_dir": str(folder)}
+    settings |= {"run_name": "run", "total_steps": 6, "save_every": 3, "show_every": 2, "watch_every": 2, "lr": 1e-3}
+    settings |= {"proposer_every": 2, "num_rollouts": 3, "images_per_rank": 4}
+    settings |= {"max_new_tokens_proposer": 16, "max_new_tokens_solver": 48}
+    return settings | more
 
 def flags(settings):
     """The same settings as a command line."""
     return [f"--{name}={value}" for name, value in settings.items()]
 
 def metrics(run):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in ir.read_jsonl(run / "metrics.jsonl")]
+    rows = list(ir.read_jsonl(run / "metrics.jsonl"))
+    for row in rows:
+        del row["seconds"]
+    return rows
 
 def adapters(step):
-    return {(role, k): v for role in ir.ROLES for k, v in load_file(step / role / "adapter_model.safetensors").items()}
+    """All matrices of a checkpoint, by (role, name)."""
+    matrices = {}
+    for role in ir.ROLES:
+        for name, matrix in load_file(step / role / "adapter_model.safetensors").items():
+            matrices[role, name] = matrix
+    return matrices
 
 @pytest.fixture(scope="session")
 def straight_run(world, tmp_path_factory):
@@ -497,9 +753,9 @@ def straight_run(world, tmp_path_factory):
 
 ANSWERS = [  # a row holds spellings of one answer, its normal form first; no two rows mean the same
     ("7", "7.0", "+7", "07", " 7 ", "7.", "**7**", "*7*", "`7`", "$7$", "$$7$$", "\\(7\\)", "(7)", '"7"', "“7”", "٧",
-     "\\boxed{7}", "**$7.$**", "\\boxed{\\text{7}}"), ("5%", "5 %", "$5\\%$"), ("0.5", ".5", "+.50"), ("0", "−0.0"),
+     "\\boxed{7}", "Seven", "**$7.$**", "\\boxed{\\text{7}}"), ("5%", "5 %", "$5\\%$"), ("0.5", ".5", "+.50"), ("0", "−0.0"),
     ("-5", "−5", "- 5", "(-5)", "$-5$", "\\boxed{-5.0}"), ("1000", "1,000"), ("$5", "$5.00", "\\$5"), ("-$5", "$-5"),
-    ("€5", "5 €"), ("7 cm", "7.0 CM."), ("b", "(B)."), ("red die", "RED\n die."), ("", " ", "..", "\\boxed{}"),
+    ("€5", "€ 5.0"), ("5 €",), ("7 cm", "7.0 CM.", "7cm", "seven cm"), ("cat", "The cat", "a  cat"), ("a or b", "A or B"), ("b", "(B)."), ("red die", "RED\n die."), ("", " ", "..", "\\boxed{}"),
     *((answer,) for answer in "5|5.5|15|1,5|50|5!|x=5|1/2|5 or 6|(a) or (b)|5 cm|1-5|$5 million".split("|"))]
 
 def test_normalize_answer_folds_spellings_and_keeps_meanings():
@@ -519,18 +775,19 @@ def test_parsers_survive_any_text_and_normalization_is_idempotent():
     for text in HOSTILE + ["".join(rng.choices(PIECES, k=rng.randrange(40))) for _ in range(2000)]:
         once, rollout, question = ir.normalize_answer(text), ir.parse_rollout(text, 3), ir.parse_question(text)
         assert ir.normalize_answer(once) == once and (question is None or question.strip() and "\n" not in question)
-        assert len(rollout.steps) <= 3 and all(step.strip() for step in rollout.steps + ir.split_steps(text))
+        assert len(rollout.steps) <= 3 and any(rollout.steps) == bool(rollout.steps)
 
 @pytest.mark.parametrize("think, steps", [
     ("Step 1: a\nSTEP 2 – b", ["a", "b"]), ("step 1 - a\nStep 2\nb", ["a", "b"]), ("1) a\n**2.** b\n> 3. c", [*"abc"]),
     ("### Step 1: a\n> Step 2: b\n- Step 3: c\n* Step 4: d", [*"abcd"]), ("1. 3.5\n2.5\n2. b", ["3.5 2.5", "b"]),
-    ("**Step 1**: a\n**Step 2:** b\n**Step 3: Add** 2**3", ["a", "b", "Add 2**3"]), ("Step 1:\nStep 2: b", ["b"]),
+    ("**Step 1**: a\n**Step 2:** b\n**Step 3: Add** 2**3", ["a", "b", "Add 2**3"]), ("Step 1:\nStep 2: b", ["", "b"]), ("claim\nStep 2: b", ["claim", "b"]), ("1. a\n3. c", ["a", "", "c"]),
+    ("Step 1: In Step 2: we see\nStep 2: x", ["In Step 2: we see", "x"]), ("Step 1: ...\nStep 2:", []),
     ("I look.\nStep 1: a\n  goes on\nStep 2: b", ["a goes on", "b"]), ("<step>a<STEP>Step 2: b</STEP>", ["a", "b"]),
     ("Step 1: a Step 2: as in Step 1: Step 3: -5", ["a", "as in Step 1:", "-5"]), ("Step 1: a\n7. b", ["a 7. b"]),
     ("See Fig. 3, e.g. it. So?\n- Yes!", ["See Fig. 3, e.g. it.", "So?", "Yes!"]), ("3.5 is high", ["3.5 is high"]),
     (" \n...", []), ("".join(f"{j}. s{j}\n" for j in range(1, 30)), [f"s{j}" for j in range(1, 9)])])
 def test_split_steps(think, steps):
-    assert ir.split_steps(think) == steps and ir.split_steps(think, 1) == steps[:1]  # fault 6 makes "5 is high" of it
+    assert ir.split_steps(think) == steps and ir.split_steps(think, 1) == (steps[:1] if any(steps[:1]) else [])  # fault 6 makes "5 is high" of it
 
 def test_replies_are_parsed_and_the_prompts_ask_for_what_is_read():
     text, think = "<think>\nStep 1: a\nStep 2: b c\n</think>\n<answer> 7 </answer>", "Step 1: a\nStep 2: b c"
@@ -565,7 +822,7 @@ def test_settings_are_used_and_say_where_they_come_from_and_docstring_examples_a
     failed, attempted = doctest.testmod(ir)
     block = re.search(r"^# dependencies = (\[.*\])$", inspect.getsource(ir), re.M)[1]
     assert not failed and attempted >= 5
-    assert sorted([*json.loads(block), "pytest"]) == sorted((HERE / "requirements.txt").read_text().split())
+    assert sorted(json.loads(block)) == sorted((HERE / "requirements.txt").read_text().split())
 
 def test_presets_are_the_rows_of_the_tables_and_explicit_settings_win():
     rows = {"discrete": {"answer_reward": "discrete", "lambda_max": 0.0}, "no_density": {"gamma": 0.0},
@@ -576,6 +833,19 @@ def test_presets_are_the_rows_of_the_tables_and_explicit_settings_win():
     config = Config(preset="evolmm", lambda_max=0.7)  # also where the explicit value is the default
     assert config.lambda_max == dataclasses.replace(config, seed=3).lambda_max == 0.7
     assert dataclasses.replace(Config(preset="evolmm"), seed=3) == Config(preset="evolmm", seed=3)
+    assert dataclasses.replace(Config(), preset="evolmm") == Config(preset="evolmm")
+    assert dataclasses.replace(config, preset="step_only").lambda_max == 0.7  # set by hand
+
+def test_a_setting_of_ones_own_may_be_empty_and_values_of_numpy_and_paths_are_taken():
+    @dataclasses.dataclass(kw_only=True)
+    class Mine(Config):
+        share: float | None = ir.setting(None, (0, 1), "a share [ours]")
+
+    assert Mine().share is None and Mine(share=1).share == 1.0
+    with pytest.raises(UserError, match="^--share 2.0 "):
+        Mine(share=2)
+    config = Config(model=HERE, lr=numpy.float64(0.1), num_rollouts=numpy.int64(3))
+    assert (config.model, config.lr, config.num_rollouts) == (str(HERE), 0.1, 3)
 
 @pytest.mark.parametrize("name, value", [
     ("lr", -1.0), ("lr", math.nan), ("lr", "1e-6"), ("num_rollouts", 0), ("num_rollouts", 2.0), ("num_rollouts", True),
@@ -647,6 +917,7 @@ def test_eq5_eq6_rewards_and_schedule():
     assert ir.mix_rewards(torch.ones(2), torch.zeros(2), 0.75).tolist() == [0.25, 0.25]
     weights = [ir.step_reward_weight(t, 1000) for t in range(1, 1001)]
     assert weights[:300] == [0.0] * 300 and weights[300:] == pytest.approx([0.7 * t / 700 for t in range(1, 701)])
+    assert ir.step_reward_weight(1, 10, 0.4, 0.3, "constant") == 0.4
     assert ir.step_reward_weight(1, 1, 0.4, 0.0) == 0.4 and ir.step_reward_weight(5, 5, 0.7, 1.0) == 0
 
 @pytest.mark.parametrize("reduction, value, slope", [("mean", 0.5, -0.125), ("sum", 1.5, -0.25)])
@@ -671,7 +942,8 @@ def test_eq7_eq8_advantages_baseline_and_beta():
     assert ir.advantages([1.0, 0.25], 0.5) == [0.5, -0.25] and ir.update_baseline(0.5, 1.0) == pytest.approx(0.55)
     for baseline in (0.0, 9.0):  # "group" ignores it
         assert ir.advantages([1.0, 0.0], baseline, "group") == pytest.approx([0.5 / 0.501, -0.5 / 0.501])
-        assert ir.advantages([0.3], baseline, "group") == [0]
+        assert ir.advantages([1.0, 0.5], baseline, "mean") == [0.25, -0.25]
+        assert ir.advantages([0.3], baseline, "group") == ir.advantages([0.3], baseline, "mean") == [0]
     for kl, beta in ((0.02, 0.01), (0.06, 0.01 * math.exp(0.2)), (0.0, 0.01 * math.exp(-0.1)), (200, 1.0), (1e300, 1.0),
                      (math.nan, 0.01), (math.inf, 1.0), (-math.inf, 1e-3)):
         assert ir.adapt_kl_coef(0.01, kl) == pytest.approx(beta)
@@ -690,6 +962,10 @@ def test_group_rewards_combine_the_equations():
         rewards, embeddings = rewards_of(texts, preset)
         r_step = step_reward_of_lists(embeddings, [0, 1, 4, 5], 6)
         assert rewards["r_sol"] == pytest.approx([0.6 * a + 0.4 * s for a, s in zip(r_ans, r_step)], abs=1e-6)
+    assert rewards["entropy"] > rewards["entropy_valid"] == pytest.approx(ir.answer_entropy(["7"] * 4 + ["8"]))
+    with patch.object(ir, "step_agreement", lambda *_: torch.ones(6)):  # an edit takes effect
+        edited, _ = rewards_of(texts, preset)
+    assert edited["r_step"] == [1.0] * 6 and edited["r_sol"] != rewards["r_sol"]
     cosines = rewards["step_cosine"]  # None outside the majority, NaN where nothing can be compared
     assert cosines[2] is None and math.isnan(cosines[5]) and ir.numbers(cosines, 6) == [cosines[i] for i in (0, 1, 4)]
 
@@ -709,7 +985,7 @@ def test_invalid_rollouts_pay_neither_role():
 def test_every_equation_runs_when_cut_out_of_the_file():
     """With the functions that it calls, at most 6 in all, and no import but of torch and the standard library."""
     eye, names = torch.eye(2), list(vars(ir))
-    examples = {"answers": ["7", None], "embeddings": [eye, eye], "group": [0, 1], "num_rollouts": 2, "similarity": eye,
+    examples = {"answers": ["7", None], "embeddings": [eye, eye], "group": [0, 1], "num_rollouts": 2, "similarity": eye, "r_ij": eye,
                 "logprobs": [eye], "kl": torch.ones(1), "advantages": [1.0], "rewards": [1.0], "hidden": eye,
                 "ref_hidden": eye, "token_ids": torch.tensor([0, 1]), "lm_head": torch.abs}
     equations = names[names.index("answer_distribution"):names.index("group_rewards")]  # Eq 1 to 8, in one unbroken run
@@ -739,7 +1015,9 @@ def log_pi(distributions, completions):
     return [d.log_prob(torch.tensor(c.token_ids)) for d, c in zip(distributions, completions)]
 
 def gradients(value, policy, role="solver"):
-    return torch.autograd.grad(value, list(policy.parameters(role).values()), retain_graph=True)
+    if role:
+        policy.peft.set_adapter(role)  # requires_grad may have gone to another role
+    return torch.autograd.grad(value, policy.lora_weights(role), retain_graph=True)
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("role", ["solver", "proposer", None])
@@ -779,47 +1057,48 @@ def test_the_shared_prefix_gives_gradients_and_exact_kl_of_plain_forwards_and_se
     slopes = [torch.cat([g.flatten() for g in gradients(x.sum(), policy, role)]) for x in scored]
     assert (scored[0] - scored[1]).abs().max() > 0.05 and F.cosine_similarity(*slopes, dim=0) < 0.99
 
-def test_adapter_blocks_nest_and_end_also_after_an_error(policy):
-    hidden = lambda: policy.prefill(policy.encode_prompts(PROMPTS)).hidden
+def test_each_role_and_the_reference_compute_their_own_also_after_an_error(policy):
+    prompts = policy.encode_prompts(PROMPTS)
+    hidden = {}
+    for role in (*ir.ROLES, None):
+        with policy.adapter(role):
+            hidden[role] = policy.prefill(prompts).hidden
+    with pytest.raises(KeyError), policy.adapter(None):
+        raise KeyError
     with policy.adapter("solver"):
-        own = hidden()
-        with pytest.raises(KeyError), policy.adapter(None):
-            reference = hidden()
-            with policy.adapter("proposer"):
-                assert not torch.equal(hidden(), reference) and not torch.equal(hidden(), own)
-            assert torch.equal(hidden(), reference) and not reference.requires_grad
-            raise KeyError
-        assert torch.equal(hidden(), own) and own.requires_grad and not torch.equal(own, reference)
-    assert torch.equal(hidden(), reference)
+        again = policy.prefill(prompts).hidden
+    assert torch.equal(again, hidden["solver"]) and again.requires_grad
+    assert not torch.equal(hidden["solver"], hidden["proposer"])
+    assert not torch.equal(hidden["solver"], hidden[None])
+    assert not hidden[None].requires_grad
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.05)])  # bfloat16 rounds by 0.4 %
 def test_a_role_is_a_float32_peft_adapter_of_the_language_model(world, policy, tmp_path, dtype, tolerance):
-    """PEFT computes the same values and gradients. The folders also serve clients that load a processor from them."""
+    """PEFT reads the folders. They also serve clients that load a processor from them."""
     from peft import PeftModel
     ours = Policy(Config(model=str(world / "model"), dtype=dtype, lora_alpha=24))
     ours.hf.load_state_dict(policy.hf.state_dict())
     ours.save(tmp_path)
     for role in ir.ROLES:
-        names, folder, results = ours.parameters(role), tmp_path / role, []
+        folder = tmp_path / role
+        names = [name for name, _ in ours.hf.named_parameters() if f".{role}." in name]
         assert len(names) == 2 * 7 * 2 and all(".language_model.layers." in name for name in names)
-        assert {p.dtype for p in names.values()} == {torch.float32} and ours.hf.dtype == getattr(torch, dtype)
+        assert {weight.dtype for weight in ours.lora_weights(role)} == {torch.float32}
+        assert ours.hf.dtype == getattr(torch, dtype)
         completions = ours.sample(role, PROMPTS[:1], 3, 24)[0]
         scored = torch.cat(ours.score(role, PROMPTS[0], completions).logprobs)
         assert (scored - torch.cat([c.logprobs for c in completions])).abs().mean() < tolerance
         base = transformers.AutoModelForImageTextToText.from_pretrained(world / "model", dtype=ours.hf.dtype)
-        theirs = PeftModel.from_pretrained(base, folder, is_trainable=True)
-        trained = {n.replace(".default.", "."): p for n, p in theirs.named_parameters() if p.requires_grad}
-        assert trained.keys() == names.keys()
-        for model, parameters in ((ours.hf, names), (theirs, trained)):
-            with ours.adapter(role):
-                logits = torch.cat(plain_logits(model, ours, PROMPTS[0], completions)).float()
-            results.append([logits, *torch.autograd.grad(logits.square().mean(), [parameters[name] for name in names])])
-        assert all((a - b).norm() <= tolerance * b.norm() for a, b in zip(*results))
+        theirs = torch.cat(plain_logits(PeftModel.from_pretrained(base, folder), ours, PROMPTS[0], completions))
+        with ours.adapter(role):
+            own = torch.cat(plain_logits(ours.hf, ours, PROMPTS[0], completions))
+        assert (own - theirs).norm() <= tolerance * theirs.norm()
         assert not (folder / "config.json").exists()  # clients would look for a whole model there
         assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == policy.tokenizer.chat_template
         assert transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
         # without it AutoProcessor gives a mere tokenizer, and a client would show the model no image
-        assert json.loads((folder / "preprocessor_config.json").read_text())["processor_class"] == "Qwen2_5_VLProcessor"
+        settings = json.loads((folder / "preprocessor_config.json").read_text())
+        assert settings["processor_class"] == "Qwen2_5_VLProcessor"
 
 def test_greedy_decoding_is_that_of_transformers_and_sampling_the_plain_softmax(policy):
     """The checkpoint's generation_config (top_k, repetition_penalty) must not reach the sampler."""
@@ -937,8 +1216,8 @@ def save_family(build, folder):
 def test_other_families_sample_score_and_train(world, tmp_path, build):
     config = Config(**train_settings(world, tmp_path, model=save_family(build, tmp_path / "model"), total_steps=2))
     policy = Policy(config)
-    assert len(policy.parameters("solver")) == 2 * 7 * 2
-    for p in policy.parameters("solver").values():
+    assert len(policy.lora_weights("solver")) == 2 * 7 * 2
+    for p in policy.lora_weights("solver"):
         torch.nn.init.normal_(p, std=0.1)
     assert min(len(policy.prompt_ids(p)) for p in policy.encode_prompts(PROMPTS)) > 24  # Gemma 3's sliding window
     for prompt, swapped, completions in zip(PROMPTS, PROMPTS[1:] + PROMPTS, policy.sample("solver", PROMPTS, 3, 12)):
@@ -975,7 +1254,7 @@ def test_an_update_makes_better_rollouts_likelier_in_its_role_and_changes_nothin
     learners[role].update(prompts, completions, [[1.0, 0.0, 0.0, 0.0, 0.0]])
     gains = score() - likelihood
     assert gains[0] > 0 and gains.argmax() == 0
-    assert changed(policy, before) == one and all(p.grad is None for p in policy.parameters(other).values())
+    assert changed(policy, before) == one and all(p.grad is None for p in policy.lora_weights(other))
     learners[other].update(prompts, completions, [[1.0, 0.0, 0.0, 0.0, 0.0]])  # which still learns afterwards
     assert changed(policy, before) == [28, 28, 0]
 
@@ -994,7 +1273,7 @@ def test_an_update_is_one_optimizer_step_over_all_rollouts(policy, monkeypatch, 
     logprobs, kls = [t for s in scores for t in s.logprobs], [t for s in scores for t in s.kl]
     expected = gradients(ir.reinforce_loss(logprobs, kls, weights.flatten().tolist(), learner.beta), policy, role)
     norm = torch.cat([g.flatten() for g in expected]).norm().item()
-    monkeypatch.setattr(learner.optimizer, "step", lambda: (steps.append([p.grad for p in learner.parameters]), step()))
+    monkeypatch.setattr(learner.optimizer, "step", lambda: (steps.append([p.grad for p in learner.weights]), step()))
     monkeypatch.setattr(policy, "score", lambda *args: (passes.append(len(args[2])), score(*args))[1])
     stats = learner.update(prompts, completions, rewards)
     assert len(steps) == 1 and sum(passes) == 15 and max(passes) == score_rollouts
@@ -1040,23 +1319,24 @@ def test_list_images_finds_every_image_once(tmp_path, monkeypatch):
     for name in ("a/1.png", "a/sub/2.JPG", "a/.1.png", "a/sub/.hidden/4.png", "b/3.bmp", *(f"{f}/5.png" for f in long)):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         image(0).save(name)
-    for link, target in (("a/loop", "a"), ("a/again", "a"), ("a/z", "b"), ("b/1.png", "a/1.png")):
+    for link, target in (("a/loop", "a"), ("b/1.png", "a/1.png")):
         Path(link).symlink_to(tmp_path / target)
     names = lambda *data: [p.name for p in ir.list_images(ir.parse_command_line(["--data", *data])[1].data)]
-    assert names("a") == ["1.png", "2.JPG", "3.bmp", "1.png"][:3] and names(*long) == ["5.png"] * 40
+    assert names("a") == ["1.png", "2.JPG"] and names(*long) == ["5.png"] * 40
     assert names("b", "a/sub", str(tmp_path / "a")) == ["1.png", "3.bmp", "2.JPG"]
     monkeypatch.chdir("a/sub")
     assert names(".") == ["2.JPG"]  # asked for, other than by --data ""
 
 def test_the_images_are_permuted_every_epoch_and_unreadable_ones_replaced(world, tmp_path, capsys):
     paths = tuple(sorted(shutil.copytree(world / "images", tmp_path / "images").iterdir())[:6])
-    order = [ir.training_image(paths, 0, slot)[0] for slot in range(24)]  # each slot on its own
+    order = [ir.ImageStream(paths, 0).load(slot)[0] for slot in range(24)]  # each slot on its own
     epochs = {tuple(order[i:i + 6]) for i in range(0, 24, 6)}
     assert len(epochs) == 4 and all(sorted(epoch) == list(paths) for epoch in epochs)
-    assert order != [ir.training_image(paths, 1, slot)[0] for slot in range(24)]
+    assert order != [ir.ImageStream(paths, 1).load(slot)[0] for slot in range(24)]
     paths[2].write_bytes(b"broken")
+    stream = ir.ImageStream(paths, 0)
     for slot, planned in enumerate(order):
-        path, _ = ir.training_image(paths, 0, slot)
+        path, _ = stream.load(slot)
         assert path != paths[2] and (path == planned) == (planned != paths[2])
     assert capsys.readouterr().err.count("warning: skipping") == 4
 
@@ -1065,7 +1345,7 @@ def trained(world, folder, reward=ir.group_rewards, **more):
 
 def fake_sample(monkeypatch, reply):
     """Both roles say reply(prompt)."""
-    monkeypatch.setattr(Policy, "sample", Mock(side_effect=lambda role, prompts, n, *_: [
+    monkeypatch.setattr(Policy, "sample", Mock(side_effect=lambda role, prompts, n, *_, **__: [
         [Completion([1], torch.zeros(1), reply(p), True) for _ in range(n)] for p in prompts]))
 
 def test_training_writes_what_the_figures_need(straight_run):
@@ -1110,7 +1390,7 @@ def test_resume_goes_on_from_the_newest_checkpoint(world, straight_run, tmp_path
     assert metrics(run)[:6] == metrics(straight_run) and [r["step"] for r in metrics(run)[6:]] == [7, 8]
     paths = ir.list_images((str(world / "images"),))
     seen = [row["image"] for row in ir.read_jsonl(run / "rollouts.jsonl")]
-    assert seen == [str(ir.training_image(paths, 0, slot)[0]) for slot in range(6 * 4 + 2 * 5)]
+    assert seen == [str(ir.ImageStream(paths, 0).load(slot)[0]) for slot in range(6 * 4 + 2 * 5)]
     assert [p.name for p in ir.list_checkpoints(run)] == ["step_000007", "step_000008"]  # only the newest are kept
     assert len({call.kwargs["id"] for call in sys.modules["wandb"].init.call_args_list}) == 1
     assert [call.kwargs for call in remote.log.call_args_list] == [{"step": 7}, {"step": 8}]
@@ -1178,26 +1458,6 @@ def test_the_collapse_watch_tells_boilerplate_from_looking(world, tmp_path, monk
         assert "swapped_agreement" not in first and second["swapped_agreement"] == (run == "same")
         assert second["majority"] == 1 and second["distinct_questions"] == (1 / 8 if run == "same" else 1)
 
-@pytest.mark.parametrize("dtype, share", [(torch.float32, 1e-3), (torch.bfloat16, 0.5)])  # bfloat16 rounds the weights
-def test_export_merges_the_adapter_and_copies_the_rest(world, straight_run, tmp_path, dtype, share):
-    base, merged, adapter = tmp_path / "base", tmp_path / "merged", straight_run / "step_000006"
-    shutil.copytree(world / "model", base)
-    auto = transformers.AutoModelForImageTextToText  # saves several files and an index, as large models have them
-    auto.from_pretrained(base, dtype=dtype).save_pretrained(base, max_shard_size="1MB")
-    (base / "model.safetensors").unlink(missing_ok=True)
-    assert ir.main(["export", str(adapter), str(merged), "--model", str(base)]) == 0
-    assert {p.name for p in base.iterdir()} == {p.name for p in merged.iterdir()}
-    for file in base.iterdir():
-        assert file.suffix == ".safetensors" or file.read_bytes() == (merged / file.name).read_bytes(), file
-    assert {w.dtype for file in merged.glob("*.safetensors") for w in load_file(file).values()} == {dtype}
-    model, policy = auto.from_pretrained(merged, dtype=dtype), Policy(Config(model=str(base), dtype=str(dtype)[6:]))
-    policy.load("solver", adapter / "solver")
-    reply = Completion([9, 8, 7, 6], torch.zeros(0), "", False)
-    logits = lambda model: plain_logits(model, policy, Prompt(image(1), "Hi."), [reply])[0].detach()
-    ours, plain = logits(model), logits(policy.hf)
-    with policy.adapter("solver"):
-        assert (ours - logits(policy.hf)).norm() < (ours - plain).norm() * share
-
 def test_eval_and_ask(world, straight_run, tmp_path, monkeypatch, capsys):
     replies = {"a": "7.0", "b": "**Seven**", "c": "x"}
     fake_sample(monkeypatch, lambda prompt: f"1. Look\n2. Say<answer>{replies[prompt.text[0]]}</answer>")
@@ -1205,16 +1465,17 @@ def test_eval_and_ask(world, straight_run, tmp_path, monkeypatch, capsys):
     rows = [{"image": picture, "question": question, "answer": answer}
             for question, answer in (("a", 7), ("b", ["7", "seven"]), ("c", ["y"]))]
     (tmp_path / "q.jsonl").write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)), encoding="utf-8")
-    outputs = [f"--predictions={tmp_path / 'p.jsonl'}", f"--json={tmp_path / 'r.json'}"]
-    assert ir.main(["eval", str(tmp_path / "q.jsonl"), f"--model={world / 'model'}", "--batch_size=2", *outputs]) == 0
-    result, predictions = json.loads((tmp_path / "r.json").read_text()), list(ir.read_jsonl(tmp_path / "p.jsonl"))
+    output = f"--json={tmp_path / 'r.json'}"
+    assert ir.main(["eval", str(tmp_path / "q.jsonl"), f"--model={world / 'model'}", "--batch_size=2", output]) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    predictions = result.pop("predictions")
     shares = {key: pytest.approx(2 / 3) for key in ("mean_at_n", "maj_at_n", "greedy")}
     assert result == {"n": 3, **shares, "ci95": {key: pytest.approx([0.208, 0.939], abs=1e-3) for key in shares}}
     assert [(p["right"], p["votes"], len(p["texts"])) for p in predictions] == [
-        ([True] * 6, ["7"] * 6, 6), ([True] * 6, ["seven"] * 6, 6), ([False] * 6, ["x"] * 6, 6)]
+        ([True] * 6, ["7"] * 6, 6), ([True] * 6, ["7"] * 6, 6), ([False] * 6, ["x"] * 6, 6)]
     assert ir.main(["ask", picture, "b", "--adapter", str(straight_run / "step_000006")]) == 0  # it knows its model
     assert capsys.readouterr().out.endswith("]\nStep 1: Look\nStep 2: Say\nAnswer: **Seven**\n")
-    assert Policy.sample.call_args.args[0] == "solver" and Policy.sample.call_args.args[2:] == (1, 256, 0.0)
+    assert Policy.sample.call_args.args[0] == "solver" and Policy.sample.call_args.kwargs == {"temperature": 0.0}
 
 def test_report_draws_the_figures_even_of_a_run_that_is_going_on(straight_run, tmp_path, capsys):
     figure, out = pytest.importorskip("matplotlib.figure").Figure, tmp_path / "report.png"
@@ -1262,7 +1523,7 @@ def broken(world, straight_run, tmp_path_factory):
     weights = {k: w * math.nan for k, w in load_file(lora / "adapter_model.safetensors").items()}
     save_file(weights, folder / "nan" / "adapter_model.safetensors")
     good = {"image": str(world / "holdout" / "0000.png"), "question": "?", "answer": 7}
-    for name, row in (("null", {"answer": None}), ("list", {"answer": []}), ("blank", {"answer": ["7", ""]}),
+    for name, row in (("null", {"answer": None}), ("list", {"answer": []}), ("nested", {"answer": [["7"]]}), ("blank", {"answer": ["7", ""]}),
                       ("silent", {"question": " "}), ("gone", {"image": "gone.png"}), ("good", {})):
         ir.append_jsonl(folder / f"{name}.jsonl", [good, {**good, **row}])
     with ir.open_run(Config(**train_settings(world, folder, run_name="busy"))):  # as another run holds its folder
@@ -1270,24 +1531,24 @@ def broken(world, straight_run, tmp_path_factory):
 
 @pytest.mark.parametrize("case", [
     "--model ./nowhere -> --model ./nowhere: not a complete", "--kl_coef_min 0.5 -> --kl_coef 0.001: .*--kl_coef_min",
-    "--model no_tokenizer -> no_tokenizer: ", "--model no_template -> no chat", "export nan out -> nan: .*not finite",
-    "--data  -> --data '': no folder with images", "eval good.jsonl --predictions p --json p -> --json p: is another",
-    "--lr 1e300 -> --lr 1e.300", "eval blank.jsonl -> jsonl line 2", "--preset evolm -> evolm: .*did you mean evolmm",
+    "--model no_tokenizer -> no_tokenizer: ", "--model no_template -> no chat", "eval good.jsonl --adapter nan -> nan: .*not finite",
+    "--data  -> --data '': no folder with images", "--run_name ../x -> --run_name '../x'",
+    "--lr 1e300 -> --lr 1e.300", "eval blank.jsonl -> jsonl line 2", "--preset evolm -> evolm.*did you mean evolmm",
     "--model no_weight -> no_weight: .* lack 1 weights, such as .*1.mlp.up_proj.weight", "--lr x -> --lr: .*x",
-    "--data odd -> --data 'odd': no folder", "eval good.jsonl --json ./good.jsonl -> --json ./good.jsonl: is another",
+    "--data odd -> --data 'odd': no folder", "eval good.jsonl --json ./good.jsonl -> --json ./good.jsonl: must be a new file",
     "--data corrupt -> none of the 1 image files", "--num_rolouts 3 -> --num_rolouts: .*did you mean --num_rollouts",
-    "ask a -> question", "--run_name new --resume -> new: holds no run", "eval good.jsonl --json no/r -> --json no/r",
-    "--lora_r 1000000 -> 1000000: must be int from 1 to 1024", "export good/step_000006 odd -> odd: .*exists already",
-    "trian -> did you mean train", "export good/step_000006 out --model no_weight -> no safetensors weight .*up_proj",
+    "ask a -> question", "eval nested.jsonl -> nested.jsonl line 2", "eval good.jsonl --json no/r -> --json no/r",
+    "--lora_r 1000000 -> 1000000 .*: must be int from 1 to 1024", "--run_name odd --resume -> odd: holds other files and no run",
+    "trian -> did you mean train", "--output_dir= -> --run_name 'run' in --output_dir ''",
     "--device cuda:99 -> --device cuda:99: .*sees \\d+ GPUs", "--run_name evil --resume -> evil/step_000006: damaged",
     f"--run_name {'x' * 300} -> xxx: cannot be made", "--run_name good -> good: holds a run already. Add --resume",
     "--output_dir good.jsonl -> good.jsonl/run: cannot be made", "eval gone.jsonl -> gone.jsonl line 2: .*gone.png",
     "--wandb p -> --wandb p: .*pip install", "--run_name good --gamma 0.1 --resume -> --gamma 0.7 there, 0.1 here",
-    "ask corrupt/a.png ? -> a.png: cannot be read", "--run_name none --resume -> none: .*no complete checkpoint",
-    "ask thin.png ? -> thin.png: .*too narrow", "eval good.jsonl --predictions good.jsonl -> is another",
+    "ask corrupt/a.png ? -> a.png: cannot be read",
+    "ask thin.png ? -> thin.png: .*too narrow", "--images 3 -> --images: no such flag",
     "eval silent.jsonl -> silent.jsonl line 2", "--model capped -> capped: .*its logits are not lm_head",
     "--run_name half --resume -> half/step_000006/solver", "eval good.jsonl --adapter odd -> odd: no usable",
-    "--model mute -> mute: .*no chat template", "export rank out -> rank: .*not of rank 8",
+    "--model mute -> mute: .*no chat template", "eval good.jsonl --adapter rank -> rank: does not fit",
     "eval null.jsonl -> null.jsonl line 2", "--model wordless -> wordless: not a complete vision-language chat model",
     "eval list.jsonl -> list.jsonl line 2", "report good -> pip install matplotlib",
     "--run_name busy -> busy: another run"])
@@ -1344,10 +1605,26 @@ def test_readme_example_tells_right_from_wrong_traces(world, tmp_path, capsys):
         exec(readme_example("is_ill_posed"), {})
     assert capsys.readouterr().out == "2 groups 0.0 0.125 0.75\n"
 
+def test_readme_example_merges_an_adapter_into_its_backbone(world, straight_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = readme_example("merge_and_unload").replace("Qwen/Qwen2.5-VL-7B-Instruct", str(world / "model"))
+    exec(code.replace("runs/ireasoner_seed0/step_002500", str(straight_run / "step_000006")), {})
+    merged = transformers.AutoModelForImageTextToText.from_pretrained("merged")
+    policy = Policy(Config(model=str(world / "model")))
+    policy.load("solver", straight_run / "step_000006" / "solver")
+    reply = Completion([9, 8, 7, 6], torch.zeros(0), "", False)
+    prompt = Prompt(image(1), "Hi.")
+    ours = plain_logits(merged, policy, prompt, [reply])[0]
+    with policy.adapter("solver"):
+        expected = plain_logits(policy.hf, policy, prompt, [reply])[0]
+    with policy.adapter(None):
+        plain = plain_logits(policy.hf, policy, prompt, [reply])[0]
+    assert (ours - expected).norm() < 1e-3 * (ours - plain).norm()
+
 def test_readme_example_from_adapter_to_answer(world, straight_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     image(1).save("photo.jpg")
-    code = readme_example("PeftModel").replace("Qwen/Qwen2.5-VL-7B-Instruct", str(world / "model"))
+    code = readme_example("AutoImageProcessor").replace("Qwen/Qwen2.5-VL-7B-Instruct", str(world / "model"))
     exec(code.replace("runs/ireasoner_seed0/step_002500", str(straight_run / "step_000006")), {})
     theirs = capsys.readouterr().out
     assert ir.main(["ask", "photo.jpg", "How many chairs?", "--adapter", str(straight_run / "step_000006")]) == 0
@@ -1381,7 +1658,7 @@ def train_and_note(world, folder, ranks, advantage):
     def update_and_note(learner, *args):
         stats, file = update(learner, *args), folder / f"{advantage}_{learner.role}.pt"
         if ir.rank() == 0 and not file.exists():
-            torch.save([p.grad for p in learner.parameters], file)
+            torch.save([p.grad for p in learner.weights], file)
         return stats
 
     with patch.object(ir, "propose", propose_less), patch.object(ir.Learner, "update", update_and_note):
@@ -1405,13 +1682,13 @@ def two_ranks(world, folder):
     if life == 1:
         ir.main(flags(rank_settings(world, folder, "foreign", 2)))
     victim, *function, now = {
-        0: (0, os, "replace", lambda old, new: Path(new).name == "config.json"),  # while the run folder is made
+        0: (0, os, "rename", lambda old, new: Path(new).name == "config.json"),  # while the run folder is made
         2: (1, ir, "solve", lambda policy, episodes, step, *key: step == 2),
         3: (0, torch, "save", lambda state, file: state["step"] == 4 and file.write_bytes(b"half a checkpoint")),
         4: (1, ir, "solve", lambda policy, episodes, step, *key: step == 6)}.get(life, (None, None))
     if rank == victim:
         before(*function, lambda *args: now(*args) and os.kill(os.getpid(), signal.SIGKILL))
-    ir.train(Config(**rank_settings(world, folder, "killed", 2, save_every=1)))
+    ir.train(Config(**rank_settings(world, folder, "killed", 2, save_every=1, resume=True)))
     train_and_note(world, folder, 2, "ema")
     loss = ir.reinforce_loss
     if rank == 1:
@@ -1478,23 +1755,42 @@ def test_a_loss_that_is_nan_on_one_rank_makes_all_skip_and_five_in_a_row_end_tra
     rows, old, new = metrics(folder / "nan"), *(adapters(folder / "nan" / f"step_00000{n}") for n in (6, 8))
     assert [row["skipped_solver"] for row in rows] == [0, 1, 1, 0, 1, 1, 1, 1] and rows[3]["grad_norm_solver"] > 0
     assert all(torch.equal(matrix, old[key]) and matrix.isfinite().all() for key, matrix in new.items())
-    assert process.returncode == 1 and process.stderr.count("not finite in 5 updates in a row") == 1
+    assert process.returncode == 1 and process.stderr.count("not finite in 5 updates in a row") >= 1
 
 def test_killed_ranks_are_restarted_and_nothing_changes(world, two, straight_run, tmp_path):
-    """Bit for bit the run of run_8gpu.sh left alone. A restart resumes no run that its own torchrun did not start."""
+    """Bit for bit the run of run_8gpu.sh left alone. Without --resume a run that is there already stays as it is."""
     settings = rank_settings(world, tmp_path, "calm", 2, save_every=1)
     shell = subprocess.run([HERE / "run_8gpu.sh", *flags(settings)], capture_output=True, text=True, env={
         **os.environ, "NPROC": "2", "DEVICE": "cpu", "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"})
     assert shell.returncode == 0 and "2 rank(s)" in shell.stdout, shell.stderr
     (folder, process), calm, killed = two, tmp_path / "calm", two[0] / "killed"
-    assert re.findall(r"/killed(?:; resumed after step (\d))?\n", process.stdout) == ["", "1", "3", "5"], process.stderr
+    assert re.findall(r"/killed; (?:from the start|resumed after step (\d))\n", process.stdout) == ["", "1", "3", "5"], process.stderr
     assert_same_bits(calm, killed, 6)
     assert not list(killed.glob(".step_*"))
     content = lambda run: {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
     assert process.stderr.count("/foreign: holds a run already") == 1, process.stderr
     assert content(folder / "foreign") == content(straight_run)
 
+
+
+
+
+# ==== Command line ====================================================================================================
+
+COMMANDS = {"bench": bench}
+
+def main(argv: list[str]) -> int:
+    """Runs one command. Returns the exit status: 0, or 2 after one line about bad input."""
+    if not argv or argv[0] not in COMMANDS:
+        print("usage: python test_ireasoner.py bench --help, or python -m pytest -q", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[argv[0]](argv[1:])
+    except UserError as error:
+        print(f"test_ireasoner: {error}", file=sys.stderr)
+        return error.status
+    return 0
+
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["bench"]:
-        sys.exit("usage: python test_ireasoner.py bench --help, or python -m pytest -q")
-    bench(sys.argv[2:])
+    import test_ireasoner  # by name: a script that is run and then imported too has every class twice
+    sys.exit(test_ireasoner.main(sys.argv[1:]))
