@@ -799,7 +799,9 @@ class Policy:
     def save(self, folder: Path):
         """Writes folder/solver and folder/proposer, PEFT adapters with the backbone's tokenizer and processor files,
         copied byte for byte, since what one version of transformers writes may not load in an older one."""
-        self.peft.save_pretrained(str(folder), selected_adapters=list(ROLES), save_embedding_layers=False)
+        weights = {name: w.detach().cpu() for name, w in self.peft.named_parameters() if ".lora_" in name}
+        self.peft.save_pretrained(str(folder), selected_adapters=list(ROLES), state_dict=weights,
+                                  save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         source = checkpoint_folder(self.config.model)
         for pattern in TEXT_FILES:
@@ -1425,7 +1427,8 @@ def train(config: Config, reward: Callable[..., dict] = group_rewards) -> Path:
     stream = ImageStream(list_images(config.data), config.seed)
     stream.load(0)  # at least one must be readable: better known before the model loads
     join_ranks(device)
-    with open_run(config) as (run, newest), stop_signals() as signals, torch.random.fork_rng():
+    gpus = [device] if device.type == "cuda" else []
+    with open_run(config) as (run, newest), stop_signals() as signals, torch.random.fork_rng(gpus):
         policy = Policy(config)
         learners = {role: Learner(policy, role) for role in ROLES}
         step, images = load_checkpoint(newest, policy, learners) if newest else (0, 0)
