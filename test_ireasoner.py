@@ -16,8 +16,10 @@ import doctest
 import fcntl
 import functools
 import inspect
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -27,9 +29,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from unittest.mock import Mock, patch
 
 import numpy
@@ -693,6 +695,350 @@ def time_steps(size: str, images: int, n: int, steps: int, compare: bool) -> dic
         result["ratio"] = median(ratios)
         print(f"{'plain loop':<10} {median(plain):8.3f} s, {median(ratios):.2f} times ours "
               f"[{min(ratios):.2f}, {max(ratios):.2f}]")
+    return result
+
+
+# ==== Study: which reward teaches sound reasoning? The demo over rewards and seeds ====================================
+
+STUDY_ROWS = ["group:evolmm", "group:ireasoner", "group:no_warmup", "group:shuffled"]
+REWARD_WORDS = {
+    "evolmm": "answers alone",
+    "ireasoner": "answers and steps",
+    "no_warmup": "answers and steps, no warm-up",
+    "shuffled": "answers and shuffled steps",
+}
+STUDY_COLUMNS = {
+    "mean_at_n": "answers, mean@5",
+    "trace_mean_at_n": "traces, mean@5",
+    "trace_greedy": "traces, greedy",
+    "wrong_reason": "unsound of right",
+    "kl": "KL",
+    "ill_posed_last": "ill-posed",
+    "r_ans": "gap of r_ans",
+    "r_step": "gap of r_step",
+    "sound_paid_more": "sound paid more",
+}
+T_QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]  # 0.975, 1 to 10 degrees
+
+def shuffled(rollouts: list, embeddings: list, lam: float, config: Config, question: str) -> dict:
+    """The control, a reward: the step rewards of a majority permuted among its members. The same values without their
+    content. The permutation depends on the question and its replies alone."""
+    rewards = ir.group_rewards(rollouts, embeddings, lam, config, question)
+    seed = ir.derive_seed(config.seed, question, [rollout.text for rollout in rollouts])
+    majority = numpy.array(rewards["majority"])
+    r_step = numpy.array(rewards["r_step"])
+    r_step[majority] = numpy.random.default_rng(seed).permutation(r_step[majority])
+    r_sol = ir.mix_rewards(numpy.array(rewards["r_ans"]), r_step, lam)
+    return rewards | {"r_step": r_step.tolist(), "r_sol": r_sol.tolist()}
+
+def study(argv: list[str]):
+    """`python test_ireasoner.py study`: the demo over a grid, one JSON per run in FOLDER. Finished runs are skipped, so
+    it can be stopped at any time and continued by the same command. Ends with a table, and a picture in FOLDER. Flags
+    that are not listed are the demo's, for all runs."""
+    parser = argparse.ArgumentParser(prog="test_ireasoner.py study", description=study.__doc__, allow_abbrev=False)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--cancel", type=float, nargs="+", default=[0.5, 1.0])
+    parser.add_argument("--rows", nargs="+", default=STUDY_ROWS, metavar="ADVANTAGE:REWARD",
+                        help="a REWARD is a preset or `shuffled`, the control")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--table", action="store_true", help="of what is there, without another run")
+    args, flags = parser.parse_known_args(argv)
+    if not args.table:
+        grid = itertools.product(args.rows, args.cancel, args.seeds)  # neighbors differ in the seed, so in the world
+        runs = [plan_run(args.folder, *point, flags) for point in grid]
+        make_runs([run for run in runs if not run[0].exists()], args.workers)
+    tables = collect_tables(args.folder)
+    print_tables(tables)
+    draw_study(tables, args.folder / "study.png")
+
+def plan_run(folder: Path, row: str, cancel: float, seed: int, flags: list[str]) -> tuple:
+    """(JSON file, settings, cancel, reward) of a run."""
+    advantage, _, reward = row.partition(":")
+    file = folder / f"cancel{cancel:g}-{advantage}-{reward}-seed{seed}.json"
+    preset = "ireasoner" if reward == "shuffled" else reward
+    given = [f"--advantage={advantage}", f"--preset={preset}", f"--seed={seed}", f"--run_name={file.stem}",
+             f"--output_dir={folder / 'runs'}", "--resume"]
+    _, config, _ = ir.parse_command_line(["demo", *flags, *given])
+    return file, config, cancel, reward
+
+def make_runs(runs: list[tuple], workers: int):
+    """Each in a process of its own. Whatever ends this function ends those too; they save where they are."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, which only this process heeds
+    ir.say(f"{len(runs)} runs to make, {workers} at a time")
+    start = time.perf_counter()
+    try:
+        with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN),
+                                                       maxtasksperchild=1) as pool:
+            for done, _ in enumerate(pool.imap_unordered(make_run, runs), 1):
+                left = len(runs) - done
+                minutes = (time.perf_counter() - start) / done * left / 60
+                print(f"\r{done} done, {left} left, about {minutes:.0f} minutes    ", end="", flush=True)
+    except KeyboardInterrupt:
+        raise UserError("study: interrupted. The same command continues", status=130)
+
+def make_run(run: tuple):
+    """The run's JSON is there as a whole or not at all."""
+    file, config, cancel, reward = run
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (open(folder / f"{file.stem}.log", "a") as log,
+          contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
+        fcntl.flock(log, fcntl.LOCK_EX)  # a process that outlived its study may still be at work here
+        if file.exists():
+            return
+        result = demo(config, cancel, "", shuffled if reward == "shuffled" else ir.group_rewards)
+        result["reward"] = reward
+        result["direct"] = measure_pay(folder / file.stem)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=2) + "\n")
+        part.rename(file)
+
+def measure_pay(run: Path) -> dict:
+    """What the majorities of a run paid to sound traces and not to unsound ones, over its well-posed questions."""
+    rows = []
+    truth = {}
+    for row in ir.read_jsonl(run / "rollouts.jsonl"):
+        image = Path(row["image"])
+        world = image.parents[1]
+        truth = truth or {world / shown["image"]: shown["dice"] for shown in ir.read_jsonl(world / "truth.jsonl")}
+        dice = truth[image]
+        question = row["question"] or ""
+        if not is_ill_posed(question, dice):
+            colors = re.findall("|".join(dice), question)
+            row["sound"] = [is_sound(text, dice, colors) for text in row["texts"]]
+            rows.append(row)
+    ans_gaps, _ = compare_pay(rows, "r_ans")
+    step_gaps, wins = compare_pay(rows, "r_step")
+    if not wins:
+        return {}
+    return {"r_ans": fmean(ans_gaps), "r_step": fmean(step_gaps), "sound_paid_more": fmean(sum(wins, [])),
+            "groups": len(wins)}
+
+def compare_pay(rows: list[dict], reward: str) -> tuple:
+    """For each majority with sound and unsound traces: what the sound ones were paid more on average, and for each pair
+    of one of both kinds 1 if the sound one was paid more, 0.5 if both were paid the same, else 0."""
+    gaps = []
+    wins = []
+    for row in rows:
+        voted = numpy.array(row["majority"])
+        sound = numpy.array(row["sound"])
+        pay = numpy.array(row[reward])
+        more = pay[voted & sound]
+        less = pay[voted & ~sound]
+        if more.size and less.size:
+            gaps.append(more.mean() - less.mean())
+            signs = numpy.sign(more[:, None] - less)
+            wins.append((0.5 + signs / 2).flatten().tolist())
+    return gaps, wins
+
+def t_interval(values: list[float]) -> float:
+    """Half the 95 % t-interval of a mean; NaN for a single value."""
+    freedom = len(values) - 1
+    if freedom == 0:
+        return math.nan
+    t = 1.96 + 2.37 / freedom + 2.8 / freedom ** 2  # within 0.003 above 10 degrees of freedom
+    if freedom <= 10:
+        t = T_QUANTILES[freedom - 1]
+    return t * stdev(values) / math.sqrt(freedom + 1)
+
+def collect_tables(folder: Path) -> dict:
+    """cancel -> row -> seed -> numbers."""
+    tables = defaultdict(lambda: defaultdict(dict))
+    for file in sorted(folder.glob("cancel*.json")):
+        run = json.loads(file.read_text())
+        rows = tables[run["cancel"]]
+        seed = run["seed"]
+        for temperature, numbers in {"1.0": run["before"], **run["controls"]}.items():
+            rows[f"seed model, temperature {temperature}"][seed] = numbers
+        rows[f"{run['advantage']} {run['reward']}"][seed] = run | run["after"] | run["direct"]
+    if not tables:
+        raise UserError(f"{folder}: holds no finished run")
+    return tables
+
+def print_tables(tables: dict):
+    """Mean ± standard deviation over the seeds. Δ: less `evolmm` with the same advantage, paired by seed, ± the 95 %
+    t-interval."""
+    for cancel, rows in tables.items():
+        heads = [f"cancel {cancel:g}", "seeds", *STUDY_COLUMNS.values(), "Δ traces, mean@5", "Δ traces, greedy"]
+        print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+        for name, runs in rows.items():
+            base = rows.get(f"{name.split()[0]} evolmm", {})
+            cells = [name, str(len(runs))]
+            for key in STUDY_COLUMNS:
+                values = [numbers[key] for numbers in runs.values() if key in numbers]
+                spread = stdev(values) if len(values) > 1 else math.nan
+                cells.append(f"{fmean(values):.3f} ± {spread:.3f}" if values else "")
+            for key in ("trace_mean_at_n", "trace_greedy"):
+                gains = [runs[seed][key] - base[seed][key] for seed in runs if seed in base]
+                cells.append(f"{fmean(gains):+.3f} ± {t_interval(gains):.3f}" if gains else "")
+            print(f"| {' | '.join(cells)} |")
+
+def draw_study(tables: dict, out: Path):
+    """Sound traces by reward, a panel for each share of errors that cancel."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no picture: matplotlib is missing. Try pip install matplotlib")
+        return
+    figure = Figure(figsize=(4 + 4 * len(tables), 4), layout="constrained", facecolor="white")
+    panels = figure.subplots(1, len(tables), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (cancel, rows) in zip(panels, tables.items()):
+        seed_model = []
+        for name, runs in rows.items():
+            sound = [numbers["trace_mean_at_n"] for numbers in runs.values()]
+            if name.startswith("seed model"):
+                seed_model.append(fmean(sound))
+                continue
+            advantage, reward = name.split()
+            label = f"{REWARD_WORDS.get(reward, reward)} ({advantage})"
+            axes.errorbar(fmean(sound), label, xerr=t_interval(sound), fmt="o", color="C0")
+        axes.axvline(seed_model[0], color="gray", label="seed model")
+        axes.axvline(max(seed_model), color="C1", linestyle="--", label="at its best temperature")
+        axes.set_title(f"{cancel:.0%} of the errors leave the answer right")
+        axes.set_xlabel("share of sound traces, 95 % interval over seeds")
+    panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(out, dpi=100)
+    print(f"\nwritten: {out}")
+
+
+# ==== Premise: would the step reward pay one's own model for sound reasoning? =========================================
+
+PLAIN_MATH = [  # how models write claims -> as `is_plausibly_sound` reads them; in this order
+    (r"\\text|\\boxed|\*\*|[\\$`{}()\[\]\"“”]", " "),
+    (r"(?m)^\s*(?:[-*•#]+|\d+[.)])\s|\b(?:step|claim) *\d+ *[:.)-]*", " "),
+    (r"even or (?:an )?odd|odd or (?:an )?even", " "),
+    (r"\bnot (?:an? )?even\b", "odd"),
+    (r"\bnot (?:an? )?odd\b", "even"),
+    (r"\b(?:mod|modulo|div|times|cdot|minus|(?:divided|divisible) by|remainder)\b|[×÷*/]", "%"),  # only sums are judged
+    (r"\bplus\b", "+"),
+    (r"\b(?:shows|showing|is|be|being|has|reads|displays|represents|equals|equal to|gives|get|makes)\b|"
+     r"\bare(?= (?:all |both )?(?:even|odd))|[:→]", "="),
+    (r"\b(?:the|an?|die|dice|of|on|numbers?|values?|faces?|also|both|all|always|will|would|together|we|you|it|this|"
+     r"that|which|result|so|therefore|thus|hence|since)\b", " "),
+    (r"[ \t]+", " "),
+    (r"\b(\d+) (?:= )?\1\b", r"\1"),  # "red (3)" or "red is 3", where red was replaced by 3
+    (r"(\d) (?=\d)", r"\1 = "),  # by another number
+    (r"=[\s=]*=", "="),
+]
+SUM = r"\d+(?: ?\+ ?\d+)*"
+CLAIM = rf"(?<![\d.%-])(?<![%-] )({SUM}(?: ?= ?{SUM})*)(?! ?[%-]|\.?\d)(?:[\s.,;=]*(even|odd)\b)?"
+
+def is_plausibly_sound(text: str, dice: Dice, colors: list[str]) -> bool:
+    """A lenient verifier of free text, whose answer is known to be right: every sum, every reading of a die and every
+    parity that it states in a form that can be read here is true, and the true total is stated. What cannot be read
+    passes, as does the sum of other dice with the same total."""
+    text, _, _ = text.lower().rpartition("<answer>")
+    for color, pips in dice.items():
+        text = re.sub(rf"\b{color}\b", f" {pips} ", text)
+    for pattern, words in PLAIN_MATH:
+        text = re.sub(pattern, words, text)
+    for terms in re.findall(r"\b(?:sum|total|add|combin)[^=.\n]*", text):  # "adding 3, 4 and 5" -> "adding 3 + 4 + 5"
+        text = text.replace(terms, re.sub(r",? and|,", " +", terms))
+    text = re.sub(r" *\+[ +]*", " + ", text).replace("+ =", "=")
+    for sums, said in re.findall(CLAIM, text):
+        values = {sum(map(int, side.split("+"))) for side in sums.split("=")}
+        if len(values) > 1 or said not in ("", parity(min(values))):
+            return False
+    total = sum(dice[color] for color in colors)
+    return bool(re.search(rf"(?:\b(?:sum|total|add|combin)|\+)[^.\n]*\b{total}\b", text))
+
+class TextModel:
+    """A text model of transformers with the two methods of Policy that `premise` calls."""
+    tokenize = Policy.tokenize
+    embed_steps = Policy.embed_steps
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.device = ir.resolve_device(config.device)
+        with ir.blame(f"--model {config.model}: not a text model with a chat template, here or on the Hub"):
+            self.pipe = transformers.pipeline("text-generation", config.model, device=self.device, dtype="auto")
+            self.pipe.tokenizer.get_chat_template()
+        self.hf = self.pipe.model
+        self.tokenizer = self.pipe.tokenizer
+
+    def sample(self, role, prompts: list[Prompt], num_samples: int, max_new_tokens: int, temperature: float, seed: int):
+        """From the plain softmax, whatever the checkpoint's own settings for sampling are."""
+        chats = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
+        torch.manual_seed(seed)
+        samples = self.pipe(
+            chats, batch_size=len(chats), num_return_sequences=num_samples, max_new_tokens=max_new_tokens,
+            do_sample=True, temperature=temperature, top_k=0, top_p=1.0, repetition_penalty=1.0, return_full_text=False)
+        return [[Completion([], None, reply["generated_text"], True) for reply in replies] for replies in samples]
+
+def premise(argv: list[str]):
+    """`python test_ireasoner.py premise`: what a model answers to questions about dice before any training, and whether
+    the step reward would pay it for sound reasoning. Free text is judged leniently, by `is_plausibly_sound`."""
+    parser = argparse.ArgumentParser(prog="test_ireasoner.py premise", description=premise.__doc__)
+    parser.add_argument("--model", required=True, help="a folder or a Hugging Face id")
+    parser.add_argument("--questions", type=int, default=100)
+    parser.add_argument("--described", action="store_true", help="a text model, which is told what the picture shows")
+    parser.add_argument("--json", default="", metavar="FILE", help="also write the result and all replies there")
+    args = parser.parse_args(argv)
+    config = Config(model=args.model)
+    rng = random.Random(0)
+    rows = []
+    with ir.result_file(args.json) as result:
+        model = TextModel(config) if args.described else Policy(config)
+        while len(rows) < args.questions:
+            batch = min(8, args.questions - len(rows))
+            rows += answer_questions(model, batch, rng, args.described)
+            ir.say(f"{len(rows)} of {args.questions} questions")
+        result |= weigh_premise(rows)
+        result["predictions"] = rows
+
+def answer_questions(model: TextModel | Policy, count: int, rng: random.Random, described: bool) -> list[dict]:
+    """Rows of questions about dice with N replies each, and what the step reward pays them."""
+    config = model.config
+    rows = []
+    prompts = []
+    for _ in range(count):
+        image, dice = draw_dice(rng)
+        question, colors, answer = dice_question(dice, rng)
+        rows.append({"question": question, "dice": dice, "colors": colors, "answer": answer})
+        text = ir.solver_prompt(question)
+        if described:
+            shown = ", ".join(f"the {color} die shows {pips}" for color, pips in dice.items())
+            text = f"The image shows three dice: {shown}.\n{text}"
+        prompts.append(Prompt(image.resize((336, 336)), text))
+    seed = ir.derive_seed(config.seed, rows[0]["question"])
+    samples = model.sample(None, prompts, config.num_rollouts, config.max_new_tokens_solver, config.temperature, seed)
+    for row, completions in zip(rows, samples):
+        rollouts = [ir.parse_rollout(c.text) for c in completions]
+        embeddings = [model.embed_steps(rollout.steps) for rollout in rollouts]
+        rewards = ir.group_rewards(rollouts, embeddings, 1.0, config, row["question"])
+        row["texts"] = [rollout.text for rollout in rollouts]
+        row["votes"] = [rollout.vote for rollout in rollouts]
+        row["majority"] = rewards["majority"]
+        row["r_step"] = rewards["r_step"]
+    return rows
+
+def weigh_premise(rows: list[dict]) -> dict:
+    """Prints and returns the numbers, each as [value, low, high, count], with 95 % intervals: Wilson's for shares, with
+    the number of questions for n, since the replies to one question are alike; Student's for the gap of r_step."""
+    flags = defaultdict(list)  # name -> for each question a list of truth values
+    for row in rows:
+        right = [vote == row["answer"] for vote in row["votes"]]
+        row["sound"] = [is_plausibly_sound(text, row["dice"], row["colors"]) for text in row["texts"]]
+        row["sound"] = [s and r for s, r in zip(row["sound"], right)]
+        flags["invalid"].append([vote is None for vote in row["votes"]])
+        flags["right"].append(right)
+        flags["unsound_of_right"].append([not s for s, r in zip(row["sound"], right) if r])
+    gaps, flags["sound_paid_more"] = compare_pay(rows, "r_step")
+    result = {}
+    for name, lists in flags.items():
+        values = sum(lists, [])
+        if values:
+            share = fmean(values)
+            questions = sum(map(bool, lists))
+            result[name] = [share, *ir.wilson_interval(share, questions), len(values)]
+    if gaps:
+        gap = fmean(gaps)
+        half = t_interval(gaps)
+        result["r_step_gap"] = [gap, gap - half, gap + half, len(gaps)]
+    for name, (value, low, high, count) in result.items():
+        ir.say(f"{name:<18} {value:6.3f} [{low:.3f}, {high:.3f}] of {count}")
     return result
 # ==== Tests ===========================================================================================================
 
@@ -1774,15 +2120,197 @@ def test_killed_ranks_are_restarted_and_nothing_changes(world, two, straight_run
 
 
 
+# ---- Study and premise -----------------------------------------------------------------------------------------------
+
+def test_shuffled_permutes_the_step_rewards_of_the_majority_and_changes_nothing_else():
+    texts = [f"<think>Step 1: a{i}</think><answer>{answer}</answer>" for i, answer in enumerate("7787577")]
+    rollouts = [ir.parse_rollout(text) for text in texts]
+    embeddings = list(torch.randn(7, 1, 8, generator=torch.Generator().manual_seed(0)))
+    permuted = 0
+    for question in ("a", "b", "c", "d"):
+        plain = ir.group_rewards(rollouts, embeddings, 0.4, Config(), question)
+        control = shuffled(rollouts, embeddings, 0.4, Config(), question)
+        assert repr(control) == repr(shuffled(rollouts, embeddings, 0.4, Config(), question))
+        assert repr(control | {"r_step": 0, "r_sol": 0}) == repr(plain | {"r_step": 0, "r_sol": 0})
+        assert sorted(control["r_step"]) == sorted(plain["r_step"])
+        assert control["r_step"][2] == control["r_step"][4] == 0.0  # the two that are not in the majority
+        for r_sol, r_ans, r_step in zip(control["r_sol"], control["r_ans"], control["r_step"]):
+            assert r_sol == pytest.approx(0.6 * r_ans + 0.4 * r_step)
+        permuted += control["r_step"] != plain["r_step"]
+    assert permuted >= 3
+
+def test_a_study_goes_on_after_an_interruption_and_makes_no_run_twice(world, tmp_path, capsys):
+    taught = ir.derive_seed(ir.proposer_prompt(), ir.solver_prompt("")) % 16**6
+    shutil.copytree(world, tmp_path / f"runs/dice_world_seed0_cancel0.5_{taught:06x}")
+    settings = ["--total_steps=2", "--save_every=1", "--images_per_rank=3", "--watch_every=0"]
+    run = plan_run(tmp_path, "group:shuffled", 0.5, 0, settings)
+    solve = ir.solve
+
+    def interrupted(policy, asked, step):
+        if step == 2:
+            raise KeyboardInterrupt
+        solve(policy, asked, step)
+
+    with patch.object(ir, "solve", interrupted), pytest.raises(KeyboardInterrupt):
+        make_run(run)
+    assert not list(tmp_path.glob("*.json"))
+    argv = [str(tmp_path), "--seeds=0", "--cancel=0.5", "--rows", "mean:evolmm", "group:shuffled", *settings]
+    study(argv)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    out = capsys.readouterr().out
+    assert "\r1 done, 1 left" in out and "| group shuffled | 1 |" in out and "| mean evolmm | 1 |" in out
+    assert (tmp_path / "study.png").stat().st_size < 200_000
+    log = tmp_path / "runs/cancel0.5-group-shuffled-seed0.log"
+    assert "resumed after step 1" in log.read_text()
+    files = sorted(tmp_path.glob("*.json"))
+    assert [file.stem for file in files] == ["cancel0.5-group-shuffled-seed0", "cancel0.5-mean-evolmm-seed0"]
+    result = json.loads(files[0].read_text())
+    assert (result["preset"], result["reward"], result["advantage"]) == ("ireasoner", "shuffled", "group")
+    assert result["direct"] == measure_pay(tmp_path / "runs" / files[0].stem)
+    before = [file.stat().st_mtime_ns for file in files]
+    with patch.dict(sys.modules, {"matplotlib.figure": None}):
+        study([*argv, "--workers=1"])
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert [file.stat().st_mtime_ns for file in files] == before
+    assert "matplotlib is missing" in capsys.readouterr().out
+
+def write_result(folder, reward, seed, sound, r_step):
+    """What a run leaves, with one number for everything that a test does not look at."""
+    judged = {"mean_at_n": 0.5, "trace_mean_at_n": sound, "trace_greedy": sound / 2, "wrong_reason": 0.5}
+    result = {"cancel": 0.5, "advantage": "ema", "reward": reward, "seed": seed, "kl": 0.01, "ill_posed_last": 0.25}
+    result |= {"before": judged, "after": judged, "controls": {"0.7": judged}, "direct": {"r_step": r_step}}
+    (folder / f"cancel0.5-ema-{reward}-seed{seed}.json").write_text(json.dumps(result))
+
+def test_the_study_table_holds_the_numbers_computed_by_hand(tmp_path, capsys):
+    for seed, (base, sound) in enumerate([(0.60, 0.70), (0.70, 0.82), (0.80, 0.88)]):
+        write_result(tmp_path, "evolmm", seed, base, 0.0)
+        write_result(tmp_path, "discrete", seed, sound, sound - 0.5)
+    write_result(tmp_path, "evolmm", 3, 0.9, 0.0)  # has no partner
+    study([str(tmp_path), "--table"])
+    out = capsys.readouterr().out
+    # gains 0.10, 0.12, 0.08: standard deviation 0.02, times 4.303 / sqrt(3)
+    row = ("| ema discrete | 3 | 0.500 ± 0.000 | 0.800 ± 0.092 | 0.400 ± 0.046 | 0.500 ± 0.000 | 0.010 ± 0.000 | "
+           "0.250 ± 0.000 |  | 0.300 ± 0.092 |  | +0.100 ± 0.050 | +0.050 ± 0.025 |")
+    assert row in out.splitlines()
+    assert "| ema evolmm | 4 | 0.500 ± 0.000 | 0.750 ± 0.129 |" in out
+    with pytest.raises(UserError, match="no finished run"):
+        study([str(tmp_path / "none"), "--table"])
+
+@pytest.mark.parametrize("count, t", [(2, 12.706), (5, 2.776), (11, 2.228), (12, 2.201), (21, 2.086), (61, 2.000)])
+def test_intervals_are_those_of_students_t(count, t):
+    values = [1.0] * count
+    values[0] = 2.0  # standard deviation 1 / sqrt(count)
+    assert t_interval(values) * count == pytest.approx(t, abs=0.003)
+
+SHOWN = {"red": 2, "blue": 4, "green": 6}
+SOUND = [  # about red plus blue plus green
+    "Red shows 2, blue shows 4 and green shows 6. 2 + 4 + 6 = 12. 12 is even.",
+    "2 + 4 + 6 = 12",
+    "2 + 4 = 6\n6 + 6 = 12, which is even",
+    "Step 1: red is 2\nStep 2: 4 + 2 = 6\nStep 3: 6 + 6 = 12\nStep 4: 12 is even",
+    "\\[ 2 + 4 + 6 = 12 \\]\nSince $12$ is even, the result is \\boxed{\\text{even}}",
+    "Two plus two aside, red plus blue plus green equals 12.",
+    "red + blue + green = 2 + 4 + 6 = 12 (even)",
+    "2 (red) + 4 (blue) + 6 (green) = 12",
+    "**Red die**: 2\n- **Blue die**: 4\n* green: 6\n1. The sum of 2, 4, and 6 is 12.\n2. That is an even number.",
+    "The sum of red, blue and green is 12. 12 is not odd.",
+    "Red shows 2 + blue shows 4 + green shows 6 = 12",
+    "Adding 2, 4 and 6 together gives 12. 12 / 2 = 6, so it is even.",
+    "The dice show 2, 4 and 6. Their total is 12. 12 divided by 2 is 6 with remainder 0.",
+    "\\[2 + 4 + 6 = 12\\] and \\[12 \\div 2 = 6\\]",
+    "To tell whether red plus blue plus green is even or odd, add: 2 + 4 + 6 = 12. 12 % 2 = 0",
+]
+UNSOUND = [
+    "The red die shows 2, the blue die shows 4 and the green die shows 6.",
+    "Imagine three dice. An even number is divisible by 2.",
+    "red plus blue plus green is even",
+    "2 + 4 + 6 = 12, and 12 is odd.",
+    "2 + 4 + 6 = 12. Since 12 is not an even number, red plus blue plus green is odd.",
+    "2 + 4 + 6 = 12. So red plus blue plus green is odd.",
+    "2 + 4 + 6 = 10, which is even",
+    "2 + 4 = 8\n8 + 6 = 14\n2 + 4 + 6 = 12",
+    "red plus blue is 8, and adding green gives 12",
+    "2 + 4 = 6, which is even",
+    "Red shows 4 and blue shows 2. 2 + 4 + 6 = 12",
+    "red: 3\nblue: 4\ngreen: 5\n3 + 4 + 5 = 12",
+    "Red (3) + blue (3) + green (6) = 12",
+    "The sum of red, blue and green is 10.",
+    "\\( 2 + 4 + 6 = 14 \\), so the total is \\boxed{14}",
+    "5 + 7 equals 13. The sum is 12.",
+    "2 + 4 + 6 = 12 <answer>even</answer> or 2 + 4 + 6 = 13",
+]
+
+WRITTEN = [  # by Qwen2.5-Coder-0.5B-Instruct
+    (True, {"red": 6, "orange": 6, "brown": 2}, "red orange", """<think>
+This image shows the red die showing 6, the orange die showing 6, and the brown die showing 2.
+Step 2: Orange plus red is 12.
+</answer>"""),
+    (True, {"orange": 3, "brown": 2, "blue": 5}, "brown orange blue", """\
+Step 1: The image shows three dice: the orange die shows 3, the brown die shows 2, and the blue die shows 5.
+Step 2: Calculate the sum: the orange die shows 3 + the brown die shows 2 + the blue die shows 5 = 10.
+Step 3: Check the parity (odd or even): 10 is an even number, so brown plus orange plus blue is even."""),
+    (False, {"brown": 3, "red": 5, "orange": 3}, "orange red brown", """<think>
+There is no mention of any number in the image. Therefore, orange plus red plus brown will be 0.
+However, if we assume the image depicts a fair distribution of numbers among the three dice, we can deduce that:
+ orange + red + brown = 3 + 5 + 3 = 11"""),
+    (False, {"orange": 1, "purple": 2, "green": 2}, "purple green orange", """step 1: purple is shown 2
+Step 2: orange is shown 1
+Step 2: sum of all 3 dice (purple + orange + green) is 3
+Step 2: the sum is odd"""),
+    (False, {"blue": 3, "orange": 1, "purple": 2}, "blue purple", """To determine if blue plus purple is even or odd, \
+we need to find their sum:
+3 + 2"""),
+]
+
+@pytest.mark.parametrize("sound, dice, colors, trace", [
+    *[(True, SHOWN, "red blue green", trace) for trace in SOUND],
+    *[(False, SHOWN, "red blue green", trace) for trace in UNSOUND], *WRITTEN])
+def test_the_lenient_verifier_tells_true_from_false_traces(sound, dice, colors, trace):
+    assert is_plausibly_sound(f"{trace}<answer>even</answer>", dice, colors.split()) == sound
+
+def test_premise_weighs_replies_as_by_hand(world, capsys):
+    dice = {"red": 1, "blue": 2, "green": 6}
+    good = "<think>Step 1: 1 + 2 = 3</think><answer>odd</answer>"
+    bad = "<think>Step 1: 1 + 2 = 5</think><answer>odd</answer>"
+    row = {"dice": dice, "colors": ["red", "blue"], "answer": "odd", "texts": [good, bad, bad, good, "no"],
+           "votes": ["odd", "odd", "odd", "odd", None], "majority": [True, True, True, True, False],
+           "r_step": [0.9, 0.6, 0.8, 0.7, 0.0]}
+    result = weigh_premise([row, row | {"r_step": [0.9, 0.6, 0.6, 0.9, 0.0]}])
+    assert result["invalid"] == [0.2, *ir.wilson_interval(0.2, 2), 10]
+    assert result["right"][0] == 0.8 and result["unsound_of_right"] == [0.5, *ir.wilson_interval(0.5, 2), 8]
+    assert result["sound_paid_more"] == [7 / 8, *ir.wilson_interval(7 / 8, 2), 8]
+    mean = (0.1 + 0.3) / 2  # standard deviation 0.2 / sqrt(2)
+    assert result["r_step_gap"] == pytest.approx([mean, mean - 1.2706, mean + 1.2706, 2])
+    assert "sound_paid_more" in capsys.readouterr().out
+
+@pytest.mark.parametrize("described", [False, True])
+def test_premise_asks_a_model_and_keeps_its_replies(world, tmp_path, described):
+    model = world / "model"
+    argv = ["--questions=2", f"--json={tmp_path / 'premise.json'}"]
+    if described:
+        model = tmp_path / "model"
+        tokenizer = byte_tokenizer(SPECIAL, CHAT_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+        config = transformers.Qwen2Config(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                          num_attention_heads=2, num_key_value_heads=2, vocab_size=len(tokenizer))
+        for part in (transformers.Qwen2ForCausalLM(config), tokenizer):
+            part.save_pretrained(model)
+        argv.append("--described")
+    premise([f"--model={model}", *argv])
+    result = json.loads((tmp_path / "premise.json").read_text())
+    assert result["invalid"][3] == 10
+    for row in result["predictions"]:
+        assert [ir.parse_rollout(text).vote for text in row["texts"]] == row["votes"]
+        assert len(set(row["texts"])) > 1 and len(row["r_step"]) == len(row["sound"]) == 5
+
 
 # ==== Command line ====================================================================================================
 
-COMMANDS = {"bench": bench}
+COMMANDS = {"bench": bench, "premise": premise, "study": study}
 
 def main(argv: list[str]) -> int:
     """Runs one command. Returns the exit status: 0, or 2 after one line about bad input."""
     if not argv or argv[0] not in COMMANDS:
-        print("usage: python test_ireasoner.py bench --help, or python -m pytest -q", file=sys.stderr)
+        print("usage: python test_ireasoner.py bench|premise|study --help, or python -m pytest -q", file=sys.stderr)
         return 2
     try:
         COMMANDS[argv[0]](argv[1:])
