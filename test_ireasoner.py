@@ -1418,6 +1418,31 @@ def test_each_role_and_the_reference_compute_their_own_also_after_an_error(polic
     assert not torch.equal(hidden["solver"], hidden[None])
     assert not hidden[None].requires_grad
 
+def test_dropout_acts_where_gradients_flow_and_nowhere_else(world, policy):
+    dropped = Policy(dataclasses.replace(policy.config, lora_dropout=0.5))
+    for role in ir.ROLES:
+        for own, other in zip(dropped.lora_weights(role), policy.lora_weights(role)):
+            own.data.copy_(other)
+    completions = dropped.sample("solver", PROMPTS[:1], 2, 12)[0]
+    same([c.logprobs for c in completions], [c.logprobs for c in policy.sample("solver", PROMPTS[:1], 2, 12)[0]])
+    first = dropped.score("solver", PROMPTS[0], completions)
+    second = dropped.score("solver", PROMPTS[0], completions)
+    assert (first.logprobs[0] - second.logprobs[0]).abs().max() > 1e-3
+    with torch.no_grad():
+        same(dropped.score("solver", PROMPTS[0], completions).logprobs, [c.logprobs for c in completions])
+
+def test_a_policy_and_a_run_leave_the_callers_random_numbers_alone(world, tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    ir.train(Config(**train_settings(world, tmp_path, total_steps=1)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+def test_a_mistake_in_edited_code_shows_its_traceback(world, tmp_path, monkeypatch):
+    for owner, name in ((Policy, "save"), (Policy, "add_adapters"), (Policy, "score")):
+        with monkeypatch.context() as edit, pytest.raises(NameError, match="typo"):
+            edit.setattr(owner, name, lambda *args: typo)
+            ir.main(flags(train_settings(world, tmp_path, run_name=name, total_steps=1)))
+
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.05)])  # bfloat16 rounds by 0.4 %
 def test_a_role_is_a_float32_peft_adapter_of_the_language_model(world, policy, tmp_path, dtype, tolerance):
     """PEFT reads the folders. They also serve clients that load a processor from them."""
@@ -1856,7 +1881,7 @@ def broken(world, straight_run, tmp_path_factory):
         shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns(without))
     settings = (lora / "adapter_config.json").read_text()
     capped = (gemma / "config.json").read_text().replace('logit_softcapping": null', 'logit_softcapping": 30.0')
-    for name, text in (("corrupt/a.png", ""), ("rank/adapter_config.json", settings.replace("16", "8")),
+    for name, text in (("corrupt/a.png", ""), ("rank/adapter_config.json", settings.replace('"r": 16', '"r": 8')),
                        ("odd/adapter_config.json", "[]"), ("capped/config.json", capped),
                        ("half/step_000006/solver/adapter_model.safetensors", "{")):
         (folder / name).parent.mkdir(exist_ok=True)
