@@ -1344,7 +1344,8 @@ def start_run(run: Path, config: Config, last_step: int):
     """Writes the settings, cuts the logs back to the step from which the run continues, and removes leftovers."""
     texts = {"config.json": json.dumps(dataclasses.asdict(config), indent=2) + "\n"}
     for name in ("metrics.jsonl", "rollouts.jsonl"):
-        rows = [row for row in read_jsonl(run / name) if row.get("step", math.inf) <= last_step]
+        numbered = [row for row in read_jsonl(run / name) if isinstance(row.get("step"), (int, float))]
+        rows = [row for row in numbered if row["step"] <= last_step]
         texts[name] = "".join(json.dumps(row) + "\n" for row in rows)
     with blame(f"{run}: cannot be written. Make room, or choose another --output_dir"):
         for name, text in texts.items():  # written aside and renamed: there as a whole, or not at all
@@ -1548,7 +1549,8 @@ class Log:
             if config.wandb:
                 self.open_wandb()
             start_run(run, config, last_step)
-            self.questions.extend(row["question"] for row in read_jsonl(run / "rollouts.jsonl") if row["question"])
+            rows = read_jsonl(run / "rollouts.jsonl")
+            self.questions.extend(row["question"] for row in rows if row.get("question"))
         start = f"resumed after step {last_step}" if last_step else "from the start"
         say(f"{num_images} images, {config.images_per_rank * world_size()} per step on {world_size()} rank(s); preset "
             f"{config.preset}; model {config.model}; run folder {run}; {start}")
@@ -1748,13 +1750,13 @@ def read_question(row: dict, folder: Path) -> dict:
     if not isinstance(row, dict) or not row.keys() >= {"image", "question", "answer"}:
         raise ValueError("something is missing")
     answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    readable = answers and all(isinstance(a, (str, int, float)) and normalize_answer(str(a)) for a in answers)
-    if not readable or not str(row["question"]).strip():
+    readable = answers and all(type(a) in (str, int, float) and normalize_answer(str(a)) for a in answers)
+    if not readable or type(row["question"]) is not str or not row["question"].strip():
         raise ValueError("the question or an answer is empty, or no text or number")
     image = folder / str(row["image"])
     if not image.is_file():
         raise ValueError(f"{image} is missing")
-    return {**row, "image": str(image), "question": str(row["question"]), "answers": [str(a) for a in answers]}
+    return {**row, "image": str(image), "answers": [str(a) for a in answers]}
 
 def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: float | None = None,
              batch_size: int = 32) -> dict:
