@@ -1577,6 +1577,7 @@ class Log:
                 self.questions.append(row["question"])
         metrics = {"lambda": lam}
         metrics |= {key: statistics.fmean(of_key) for key, of_key in values.items() if of_key}
+        metrics["step"] = step
         for role, of_role in stats.items():
             metrics |= {f"{key}_{role}": value for key, value in of_role.items()}
         now = time.perf_counter()
@@ -1726,7 +1727,7 @@ def result_file(path: str) -> Iterator[dict]:
     try:
         yield result
         json.dump(result, file, indent=2)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: what is left would be half a result
         os.unlink(path)
         raise
     finally:
