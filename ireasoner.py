@@ -56,7 +56,7 @@ import sys
 import time
 import typing
 import warnings
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, field
 from datetime import timedelta
@@ -187,8 +187,7 @@ class Config:
         self.filled = {}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            unchanged = f.name in before and value == before[f.name]
-            if value is UNSET or unchanged:
+            if value == before.get(f.name, UNSET):  # not given, now or before
                 value = of_preset.get(f.name, f.metadata["default"])
                 self.filled[f.name] = value
             setattr(self, f.name, valid_value(f, value))
@@ -1344,8 +1343,7 @@ def start_run(run: Path, config: Config, last_step: int):
     """Writes the settings, cuts the logs back to the step from which the run continues, and removes leftovers."""
     texts = {"config.json": json.dumps(dataclasses.asdict(config), indent=2) + "\n"}
     for name in ("metrics.jsonl", "rollouts.jsonl"):
-        numbered = [row for row in read_jsonl(run / name) if isinstance(row.get("step"), (int, float))]
-        rows = [row for row in numbered if row["step"] <= last_step]
+        rows = [row for row in read_jsonl(run / name) if last_step >= row.get("step", math.inf)]
         texts[name] = "".join(json.dumps(row) + "\n" for row in rows)
     with blame(f"{run}: cannot be written. Make room, or choose another --output_dir"):
         for name, text in texts.items():  # written aside and renamed: there as a whole, or not at all
@@ -1415,8 +1413,8 @@ class Episode:
     slot: int                                   # number of the image within the global batch of this step
     path: Path
     image: EncodedImage
-    proposal: Completion
-    question: str | None                        # None: the proposal holds no question, and the Solver rests
+    proposal: Completion | None = None
+    question: str | None = None                 # None: the proposal holds no question, and the Solver rests
     completions: list[Completion] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
     rewards: dict = field(default_factory=lambda: {"r_prop": 0.0})
@@ -1478,18 +1476,16 @@ def propose(policy: Policy, stream: ImageStream, step: int, first_image: int) ->
     """This rank's share of the step's images, each with one proposed question."""
     config = policy.config
     first_slot = rank() * config.images_per_rank
-    slots = range(first_slot, first_slot + config.images_per_rank)
-    seeds = [derive_seed(config.seed, step, slot, "proposer") for slot in slots]
-    paths = []
-    prompts = []
-    for slot in slots:
-        path, image = stream.load(first_image + slot)
-        paths.append(path)
-        prompts.append(Prompt(policy.encode(image), proposer_prompt()))
-    samples = policy.sample("proposer", prompts, 1, config.max_new_tokens_proposer, config.temperature, seeds)
     episodes = []
-    for slot, path, prompt, (proposal,) in zip(slots, paths, prompts, samples):
-        episodes.append(Episode(slot, path, prompt.image, proposal, parse_question(proposal.text)))
+    for slot in range(first_slot, first_slot + config.images_per_rank):
+        path, image = stream.load(first_image + slot)
+        episodes.append(Episode(slot, path, policy.encode(image)))
+    prompts = [Prompt(e.image, proposer_prompt()) for e in episodes]
+    seeds = [derive_seed(config.seed, step, e.slot, "proposer") for e in episodes]
+    samples = policy.sample("proposer", prompts, 1, config.max_new_tokens_proposer, config.temperature, seeds)
+    for e, (proposal,) in zip(episodes, samples):
+        e.proposal = proposal
+        e.question = parse_question(proposal.text)
     return episodes
 
 def solve(policy: Policy, asked: list[Episode], step: int, key: str = "solver"):
@@ -1508,10 +1504,12 @@ def valid_rewards(rewards: dict, n: int) -> dict:
     plain = {}
     for key, value in (rewards or {}).items():
         plain[key] = value.tolist() if hasattr(value, "tolist") else value
-    for key, count, form in (("r_sol", n, f"a list of {n} numbers"), ("r_prop", 1, "a number")):
-        is_list = isinstance(plain.get(key), list)
-        if is_list != (key == "r_sol") or len(numbers(plain.get(key), n)) != count:
-            raise UserError(f'reward: "{key}" must be {form}, but is {str(plain.get(key)):.200}')
+    r_sol = plain.get("r_sol")
+    r_prop = plain.get("r_prop")
+    if not isinstance(r_sol, list) or len(numbers(r_sol, n)) != n:
+        raise UserError(f'reward: "r_sol" must be a list of {n} numbers, but is {str(r_sol):.200}')
+    if isinstance(r_prop, list) or len(numbers(r_prop, n)) != 1:
+        raise UserError(f'reward: "r_prop" must be a number, but is {str(r_prop):.200}')
     return plain
 
 def numbers(value, n: int) -> list[float]:
@@ -1533,6 +1531,13 @@ def ask_about_another_image(policy: Policy, asked: list[Episode], stream: ImageS
         a_hat, _ = dominant_group([rollout.vote for rollout in e.rollouts])
         if a_hat and other.path != e.path:
             e.rewards["swapped_agreement"] = statistics.fmean(rollout.vote == a_hat for rollout in other.rollouts)
+
+STEP_LINE = ("{step:5d}/{total_steps} | H {entropy:.2f} valid {entropy_valid:.2f} maj {group_size:.1f} "
+             "bad {invalid:.0%} | r_ans {r_ans:.2f} r_step {r_step:.2f} lam {lambda:.2f} r_sol {r_sol:.2f} "
+             "r_prop {r_prop:.2f} | KL {kl_solver:.4f} beta {beta_solver:.4f} | {seconds:.2f} s {speed:.0f} tok/s, "
+             "left {left}")
+WATCH_LINE = ("    watch: majority answer {majority:.0%}, about another image {swapped_agreement:.0%}; "
+              "distinct questions {distinct_questions:.0%}")
 
 class Log:
     """Prints one line per step and writes metrics.jsonl and rollouts.jsonl (rank 0)."""
@@ -1569,10 +1574,10 @@ class Log:
         if rank() != 0:
             return
         rows = [row for rows_of_rank in gathered for row in rows_of_rank]
-        values = {}
+        values = defaultdict(list)
         for row in rows:
             for key, value in row.items():
-                values.setdefault(key, []).extend(numbers(value, self.config.num_rollouts))
+                values[key] += numbers(value, self.config.num_rollouts)
             if row["question"]:
                 self.questions.append(row["question"])
         metrics = {"lambda": lam}
@@ -1612,22 +1617,15 @@ class Log:
 
     def show(self, metrics: dict, rows: list[dict]):
         """The line of a step and, from time to time, the signs of collapse and the rollouts of one question."""
-        def of(key: str, spec: str) -> str:
-            value = metrics.get(key)
-            return "-" if value is None else format(value, spec)
-
         config = self.config
-        step = int(metrics["step"])
+        step = metrics["step"]
         seconds_a_step = (self.last_time - self.started) / (step - self.first_step)
         left = timedelta(seconds=int(seconds_a_step * (config.total_steps - step)))
-        say(f"{step:5d}/{config.total_steps} | H {of('entropy', '.2f')} valid {of('entropy_valid', '.2f')} maj "
-            f"{of('group_size', '.1f')} bad {of('invalid', '.0%')} | r_ans {of('r_ans', '.2f')} r_step "
-            f"{of('r_step', '.2f')} lam {of('lambda', '.2f')} r_sol {of('r_sol', '.2f')} r_prop {of('r_prop', '.2f')} "
-            f"| KL {of('kl_solver', '.4f')} beta {of('beta_solver', '.4f')} | {metrics['seconds']:.2f} s "
-            f"{metrics['tokens'] / metrics['seconds']:.0f} tok/s, left {left}")
+        values = defaultdict(lambda: math.nan, metrics)  # "nan" where this step has no such number
+        values |= {"total_steps": config.total_steps, "left": left, "speed": metrics["tokens"] / metrics["seconds"]}
+        say(STEP_LINE.format_map(values))
         if config.watch_every and step % config.watch_every == 0:
-            say(f"    watch: majority answer {of('majority', '.0%')}, about another image "
-                f"{of('swapped_agreement', '.0%')}; distinct questions {of('distinct_questions', '.0%')}")
+            say(WATCH_LINE.format_map(values))
         shown = [row for row in rows if row["question"]]
         if shown and config.show_every and step % config.show_every == 0:
             self.show_rollouts(shown[0])
