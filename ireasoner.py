@@ -57,7 +57,7 @@ import time
 import typing
 import warnings
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
 from datetime import timedelta
 from decimal import Decimal
@@ -74,12 +74,12 @@ from torch.utils.checkpoint import checkpoint
 class UserError(Exception):
     """Ends the program with one line: the culprit and the remedy. Exit status 2, or 1 where training had to stop."""
 
-    def __init__(self, message: str, status: int = 2):
+    def __init__(self, message, status=2):
         super().__init__(message)
         self.status = status
 
 @contextlib.contextmanager
-def blame(culprit: str):
+def blame(culprit):
     """Errors inside the block become a UserError: the culprit, then the library's words. A mistake in code keeps its
     traceback, as does everything under IREASONER_DEBUG=1."""
     try:
@@ -96,9 +96,9 @@ def blame(culprit: str):
 # ---- Config: one line per setting makes the field, its flag, its --help text, its check and its entry in config.json -
 
 PRESETS = {  # the rows of the paper's tables: what each changes
-    "ireasoner": {},                                                   # Table 2, Ours, Full
-    "evolmm": {"lambda_max": 0.0},                                     # Table 2, soft majority reward only
-    "discrete": {"answer_reward": "discrete", "lambda_max": 0.0},      # Table 1
+    "ireasoner": {},                                            # Table 2, Ours, Full
+    "evolmm": {"lambda_max": 0.0},                              # Table 2, soft majority only
+    "discrete": {"answer_reward": "discrete", "lambda_max": 0.0},  # Table 1
     "discrete_step": {"answer_reward": "discrete"},                    # Table 1
     "step_only": {"lambda_max": 1.0, "lambda_schedule": "constant"},   # Table 2, from here on
     "no_warmup": {"lambda_schedule": "constant"},
@@ -112,9 +112,10 @@ PRESETS = {  # the rows of the paper's tables: what each changes
     "steps_10": {"max_reasoning_steps": 10},
 }
 
-UNSET = object()  # a setting that was not given: its value comes from the preset, or else it is the default
+# Marks a setting that was not given: its value comes from the preset, or else it is the default
+UNSET = object()
 
-def setting(default, allowed, meaning: str, resumable: bool = False):
+def setting(default, allowed, meaning, resumable=False):
     """A field of Config. `allowed`: inclusive (low, high), words, or None. `resumable`: --resume may change it."""
     return field(default=UNSET, metadata={"default": default, "allowed": allowed, "meaning": meaning,
                                           "resumable": resumable})
@@ -196,11 +197,12 @@ class Config:
                             f"{self.kl_coef_min:g} and {self.kl_coef_max:g}")
 
     @property
-    def given(self) -> dict:
+    def given(self):
         """The settings that were set by hand."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.filled}
+        settings = dataclasses.asdict(self)
+        return {name: value for name, value in settings.items() if name not in self.filled}
 
-def valid_value(f: dataclasses.Field, value):
+def valid_value(f, value):
     """A value as the type of its setting. Raises UserError if it is of another type or not allowed."""
     types = typing.get_args(f.type) or (f.type,)  # (float, NoneType) for float | None
     allowed = f.metadata["allowed"]
@@ -223,7 +225,7 @@ def valid_value(f: dataclasses.Field, value):
         raise UserError(f"--{f.name} {value!r} ({f.metadata['meaning']}): must be {describe(f)}{hint}")
     return value
 
-def describe(f: dataclasses.Field) -> str:
+def describe(f):
     """What a setting may be, in words."""
     allowed = f.metadata["allowed"]
     if isinstance(allowed, list):
@@ -233,7 +235,7 @@ def describe(f: dataclasses.Field) -> str:
         return f"{kind} from {allowed[0]:g} to {allowed[1]:g}"
     return kind
 
-def nearest(word: str, known) -> str:
+def nearest(word, known):
     """The end of an error message: the nearest known word, if one is near."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else "."
@@ -274,7 +276,8 @@ def answer_entropy(answers: list[str | None]) -> float:
     """H(x, q) = -sum p log p in nats (section 3.1). Each invalid rollout (None) is an outcome of its own with mass
     1/N, so that garbage never looks like agreement [ours]."""
     n = len(answers)
-    outcomes = Counter(i if a is None else a for i, a in enumerate(answers))  # a number for each invalid rollout
+    # An invalid rollout is its own outcome: its number
+    outcomes = Counter(i if a is None else a for i, a in enumerate(answers))
     return math.fsum(count / n * math.log(n / count) for count in outcomes.values())
 
 def entropy_reward(entropy: float, mu: float = 0.90, sigma: float = 0.35) -> float:
@@ -451,7 +454,8 @@ def group_rewards(rollouts: list["Rollout"], embeddings: list[torch.Tensor], lam
     valid = [a for a in answers if a is not None]
     p = answer_distribution(answers)
     a_hat, group = dominant_group(answers)
-    r_step = step_agreement(embeddings, group, n, config.gamma, config.position_decay, config.min_group_size).tolist()
+    r_step = step_agreement(embeddings, group, n, config.gamma, config.position_decay, config.min_group_size)
+    r_step = r_step.tolist()
 
     r_ans = [0.0] * n
     for i, a in enumerate(answers):
@@ -476,7 +480,7 @@ def group_rewards(rollouts: list["Rollout"], embeddings: list[torch.Tensor], lam
     rewards |= group_statistics(embeddings, group, n, config)
     return rewards
 
-def group_statistics(embeddings: list[torch.Tensor], group: list[int], num_rollouts: int, config: Config) -> dict:
+def group_statistics(embeddings, group, num_rollouts, config):
     """What Figures 3, 5 and 7 show of one question's majority group; only logged."""
     r_ij = step_similarity(embeddings, group, config.min_group_size)  # (|G|, J)
     step_cosine = [None] * num_rollouts
@@ -529,7 +533,8 @@ def parse_question(text: str) -> str | None:
     return None
 
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.I | re.S)
-_THINK = re.compile(r"(?:.*?<think>)?(.*?)(?:</think>|\Z)", re.I | re.S)  # some chat templates open <think> themselves
+# Some chat templates open <think> themselves
+_THINK = re.compile(r"(?:.*?<think>)?(.*?)(?:</think>|\Z)", re.I | re.S)
 
 def parse_rollout(text: str, max_steps: int = 8) -> Rollout:
     """Splits a Solver reply into trace t_i, steps s_ij and answer a_i (section 3.1).
@@ -580,28 +585,32 @@ def split_steps(think: str, max_steps: int = 8) -> list[str]:
             while len(steps) < position - 1:
                 steps.append("")
             claim = think[label.end():end]
-            if label[0].count("**") == 1:  # the other half of a bold that began in the label: "**Step 1: a**"
+            # Drop the other half of a bold that began in the label: "**Step 1: a**"
+            if label[0].count("**") == 1:
                 claim = claim.replace("**", "", 1)
             steps.append(claim)
     else:
         sentences = _SENTENCE_END.split(think)
-        steps = [re.sub(r"\A[#>*+•-]+\s", "", sentence) for sentence in sentences if re.search(r"\w", sentence)]
+        claims = [sentence for sentence in sentences if re.search(r"\w", sentence)]
+        steps = [re.sub(r"\A[#>*+•-]+\s", "", claim) for claim in claims]
     steps = [" ".join(step.split()) if re.search(r"\w", step) else "" for step in steps]
     steps = steps[:max(max_steps, 0)]
     return steps if any(steps) else []
 
-def find_labels(think: str) -> list[tuple]:
+def find_labels(think):
     """The labels of a trace, in the first of the three styles that it has, each with its position, from 1."""
     for pattern in (_STEP_TAG, _STEP_WORD, _NUMBERED):
         labels = []
         expected = 1
         for label in pattern.finditer(think):
             number = int(label["number"] or expected)
-            if label["line"] is None:  # inside a line only the next number is a label, and not "as in Step 2: ..."
+            # Inside a line only the next number is a label, and not "as in Step 2: ..."
+            if label["line"] is None:
                 is_next = number == expected or (number == 2 and not labels)
                 if not is_next or _MENTION.search(think[max(label.start() - 12, 0):label.start()]):
                     continue
-            position = number if expected < number <= expected + 8 else expected  # a wilder jump is no count
+            # A wilder jump is no count
+            position = number if expected < number <= expected + 8 else expected
             labels.append((position, label))
             expected = position + 1
         if labels:
@@ -643,7 +652,7 @@ def normalize_answer(text: str) -> str:
         text = normalize_number(text)
     return text
 
-def unwrap(text: str) -> str:
+def unwrap(text):
     """The text without one pair of quotes, brackets, markdown or LaTeX around it: "(a)" -> "a", not "(a) or (b)"."""
     for left, right in _WRAPPERS:
         if len(text) < len(left + right) or not text.startswith(left) or not text.endswith(right):
@@ -659,7 +668,7 @@ def unwrap(text: str) -> str:
             return inner.strip()
     return text
 
-def normalize_number(text: str) -> str:
+def normalize_number(text):
     """A number, with its sign, currency, percent sign or unit, in one form: "+1,000.50KM" -> "1000.5 KM"."""
     match = _QUANTITY.fullmatch(text)
     if not match or (match["sign"] and match["late_sign"]):
@@ -682,7 +691,8 @@ def normalize_number(text: str) -> str:
 
 ROLES = ("solver", "proposer")
 LORA_TARGETS = r".*\.(language|text)_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
-TEXT_FILES = ("*token*", "*vocab*", "*merges*", "*template*", "*processor*")  # what clients of an adapter need
+# What clients of an adapter need
+TEXT_FILES = ("*token*", "*vocab*", "*merges*", "*template*", "*processor*")
 
 @dataclass
 class EncodedImage:
@@ -719,13 +729,13 @@ class Prefill:
     next_position: torch.Tensor   # (B,) rotary position of the first completion token
     hidden: torch.Tensor          # (B, d) hidden state that predicts the first completion token
 
-    def repeat_for_scoring(self, n: int, room: int) -> "Prefill":
+    def repeat_for_scoring(self, n, room):
         """Every prompt n times in a row, with `room` for more tokens in the mask. The cache grows by concatenation,
         which passes gradients on to the prompt."""
         self.cache.batch_repeat_interleave(n)
         return self.repeat_with(self.cache, n, room)
 
-    def repeat_for_sampling(self, n: int, room: int) -> "Prefill":
+    def repeat_for_sampling(self, n, room):
         """Every prompt n times in a row, in a cache allocated in full, so that no new token copies the old ones."""
         from transformers.cache_utils import Cache, StaticLayer
         length = self.mask.shape[1] + room
@@ -736,10 +746,11 @@ class Prefill:
             layers.append(layer)
         return self.repeat_with(Cache(layers=layers), n, room)
 
-    def repeat_with(self, cache, n: int, room: int) -> "Prefill":
+    def repeat_with(self, cache, n, room):
         """The rest of a repeated prefill. The mask covers tokens to come too; the model hides what is not there yet."""
         mask = F.pad(self.mask, (0, room), value=1).repeat_interleave(n, 0)
-        return Prefill(cache, mask, self.next_position.repeat_interleave(n), self.hidden.repeat_interleave(n, 0))
+        next_position = self.next_position.repeat_interleave(n)
+        return Prefill(cache, mask, next_position, self.hidden.repeat_interleave(n, 0))
 
 class Policy:
     """A vision-language model with the adapters "solver" and "proposer" on one frozen backbone. `hf` is the model of
@@ -747,7 +758,7 @@ class Policy:
     The reference policy of Eq 7 is the same backbone with its adapters off, so it costs no memory and cannot drift.
     Wherever a role is asked for, None means the reference."""
 
-    def __init__(self, config: Config, backbone: tuple | None = None):
+    def __init__(self, config, backbone=None):
         """`backbone` is a (model, tokenizer, processor) to use instead of loading `config.model`."""
         self.config = config
         self.device = resolve_device(config.device)
@@ -755,10 +766,15 @@ class Policy:
         self.lm_head = self.hf.get_output_embeddings()
         self.image_token_id = self.hf.config.image_token_id
         eos = self.hf.generation_config.eos_token_id
-        self.stop_ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        self.has_3d_positions = hasattr(self.hf.model, "get_rope_index")  # time, height, width: the Qwen-VL models
+        eos = eos if isinstance(eos, list) else [eos]
+        self.stop_ids = {self.tokenizer.eos_token_id, *eos} - {None}
+        # The Qwen-VL models have positions in time, height and width
+        self.has_3d_positions = hasattr(self.hf.model, "get_rope_index")
         arguments = inspect.signature(self.hf.model.forward).parameters
-        self.image_mask_name = next((n for n in ("mm_token_type_ids", "token_type_ids") if n in arguments), None)
+        self.image_mask_name = None
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in arguments:
+                self.image_mask_name = name
         with blame(f"--model {config.model}: no adapters fit a {self.hf.config.model_type} model"):
             self.add_adapters()
 
@@ -771,19 +787,22 @@ class Policy:
         lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
                           target_modules=LORA_TARGETS)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derive_seed(config.seed, "adapters"))  # the same on every rank
+            # A seed of its own, so that every rank starts with the same adapters
+            torch.default_generator.manual_seed(derive_seed(config.seed, "adapters"))
             self.peft = get_peft_model(self.hf, lora, adapter_name="solver")
             self.peft.add_adapter("proposer", dataclasses.replace(lora))
         folder = Path(config.model)
         for adapter_config in self.peft.peft_config.values():
-            adapter_config.base_model_name_or_path = str(folder.absolute()) if folder.is_dir() else config.model
+            name = str(folder.absolute()) if folder.is_dir() else config.model
+            adapter_config.base_model_name_or_path = name
 
     @contextlib.contextmanager
-    def adapter(self, role: str | None):
+    def adapter(self, role):
         """Runs the block as a role, or as the reference for None. Blocks do not nest. Go backward before the block of
         another role: PEFT's `set_adapter` takes `requires_grad` from every other adapter, and gradient checkpointing of
         the decoder would compute its blocks again as whatever role is active by then."""
-        self.hf.get_decoder().train(torch.is_grad_enabled())  # so that LoRA dropout acts where gradients flow
+        # So that LoRA dropout acts where gradients flow
+        self.hf.get_decoder().train(torch.is_grad_enabled())
         if role is None:
             with self.peft.disable_adapter():
                 yield
@@ -791,7 +810,7 @@ class Policy:
             self.peft.set_adapter(role)
             yield
 
-    def lora_weights(self, role: str) -> list[torch.nn.Parameter]:
+    def lora_weights(self, role):
         """A role's trainable parameters, whether it is active or not."""
         return [weight for name, weight in self.hf.named_parameters() if f".{role}." in name]
 
@@ -816,7 +835,9 @@ class Policy:
         with blame(f"{folder}: does not fit --model {config.model}, or this run's --lora_r or --lora_alpha"):
             new = load_peft_weights(str(folder), device="cpu")
             old = get_peft_model_state_dict(self.peft, adapter_name=role)
-            if {name: w.shape for name, w in new.items()} != {name: w.shape for name, w in old.items()}:
+            new_shapes = {name: w.shape for name, w in new.items()}
+            old_shapes = {name: w.shape for name, w in old.items()}
+            if new_shapes != old_shapes:
                 raise ValueError("its matrices have other names or shapes")
             if settings["lora_alpha"] / settings["lora_r"] != config.lora_alpha / config.lora_r:
                 raise ValueError("it has another scale lora_alpha / r")
@@ -826,14 +847,14 @@ class Policy:
 
     # ---- prompts
     @functools.cached_property
-    def template(self) -> tuple:
+    def template(self):
         """The chat template of a turn with one image: what stands before its text, and the token ids behind it."""
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "PROMPT-TEXT-SLOT"}]}
         chat = self.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         head, tail = chat.split("PROMPT-TEXT-SLOT")
         return head, self.tokenizer(tail, add_special_tokens=False)["input_ids"]
 
-    def preprocess(self, image: Image.Image) -> tuple[list[int], dict]:
+    def preprocess(self, image):
         """(token ids of the chat template up to the text, inputs of the vision tower) for one image."""
         head, _ = self.template
         if hasattr(self.processor, "tokenizer"):
@@ -854,7 +875,7 @@ class Policy:
         return ids, of_vision
 
     @torch.no_grad()
-    def encode(self, image: Image.Image) -> EncodedImage:
+    def encode(self, image):
         """Runs the vision tower. Each image alone, so that no number depends on the rest of a batch."""
         ids, inputs = self.preprocess(image)
         accepted = inspect.signature(self.hf.model.get_image_features).parameters
@@ -866,27 +887,33 @@ class Policy:
                 features[name] = out[name]
         return EncodedImage(ids, features, inputs.get("image_grid_thw"))
 
-    def encode_prompts(self, prompts: list[Prompt]) -> list[Prompt]:
+    def encode_prompts(self, prompts):
         """The same prompts with every PIL image encoded."""
-        return [p if isinstance(p.image, EncodedImage) else Prompt(self.encode(p.image), p.text) for p in prompts]
+        encoded = []
+        for prompt in prompts:
+            if not isinstance(prompt.image, EncodedImage):
+                prompt = Prompt(self.encode(prompt.image), prompt.text)
+            encoded.append(prompt)
+        return encoded
 
-    def tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text):
         """Token ids of model or user text; special tokens that are spelled out in it become ordinary characters."""
         text = text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be tokenized
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
+    def prompt_ids(self, prompt):
         """The token ids of an encoded prompt: the chat template around its text."""
         _, tail = self.template
         return prompt.image.ids + self.tokenize(prompt.text) + tail
 
-    def prefill(self, prompts: list[Prompt]) -> Prefill:
+    def prefill(self, prompts):
         """Runs encoded prompts through the active adapter once and keeps their keys and values."""
         from transformers import DynamicCache
         from transformers.utils import ModelOutput
         rows = [self.prompt_ids(p) for p in prompts]
         longest = max(len(row) for row in rows)
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=self.device)  # (B, P)
+        padded = [[0] * (longest - len(row)) + row for row in rows]
+        ids = torch.tensor(padded, device=self.device)  # (B, P)
         lengths = torch.tensor([[len(row)] for row in rows], device=self.device)
         columns = torch.arange(longest, device=self.device)
         mask = (columns >= longest - lengths).long()  # (B, P)
@@ -898,26 +925,29 @@ class Policy:
             grids = torch.cat([p.image.grid for p in prompts])
             positions, _ = self.hf.model.get_rope_index(
                 ids, mm_token_type_ids=is_image, image_grid_thw=grids, attention_mask=mask)  # (3, B, P)
-            last = positions[0, :, -1]  # a prompt ends in text, whose time, height and width are equal
+            # A prompt ends in text, whose time, height and width are equal
+            last = positions[0, :, -1]
         else:
             positions = (mask.cumsum(-1) - 1).clamp_min(0)  # (B, P)
             last = positions[:, -1]
         features = {}
         for name in prompts[0].image.features:
             features[name] = concatenate([p.image.features[name] for p in prompts])
-        cache = DynamicCache()  # without a config: layers with a sliding window keep all keys, and are masked
-        out = self.hf.model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True,
-                            mm_encoder_outputs={"image": ModelOutput(features)}, **more)
+        # Without a config: layers with a sliding window keep all keys, and are masked
+        cache = DynamicCache()
+        more["mm_encoder_outputs"] = {"image": ModelOutput(features)}
+        out = self.hf.model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache,
+                            use_cache=True, **more)
         return Prefill(cache, mask, last + 1, out.last_hidden_state[:, -1])
 
-    def extend(self, prefill: Prefill, ids: torch.Tensor, done: int = 0) -> torch.Tensor:
+    def extend(self, prefill, ids, done=0):
         """Hidden states (rows, T, d) of `ids` (rows, T), which follow a repeated prefill and `done` tokens after it."""
         offsets = done + torch.arange(ids.shape[1], device=self.device)
         positions = prefill.next_position[:, None] + offsets  # (rows, T)
         if self.has_3d_positions:
             positions = positions.expand(3, -1, -1)  # text has equal time, height and width
-        out = self.hf.model(input_ids=ids, attention_mask=prefill.mask, position_ids=positions, cache=prefill.cache,
-                            use_cache=True)
+        out = self.hf.model(input_ids=ids, attention_mask=prefill.mask, position_ids=positions,
+                            cache=prefill.cache, use_cache=True)
         return out.last_hidden_state
 
     # ---- sampling and scoring
@@ -944,8 +974,12 @@ class Policy:
             for t in range(max_new_tokens):  # rows that have finished go on, and are cut in the end
                 if t > 0:
                     hidden = self.extend(rows, tokens, done=t - 1)[:, 0]
-                logp = torch.log_softmax(self.lm_head(hidden).float() / (temperature or 1.0), dim=-1)  # (rows, V)
-                tokens = draw(logp, uniforms[:, t]) if temperature else logp.argmax(-1, keepdim=True)  # (rows, 1)
+                logits = self.lm_head(hidden).float() / (temperature or 1.0)  # (rows, V)
+                logp = torch.log_softmax(logits, dim=-1)
+                if temperature:
+                    tokens = draw(logp, uniforms[:, t])  # (rows, 1)
+                else:
+                    tokens = logp.argmax(-1, keepdim=True)
                 token_ids.append(tokens)
                 logprobs.append(logp.gather(-1, tokens))
                 finished |= torch.isin(tokens[:, 0], stop)
@@ -956,7 +990,7 @@ class Policy:
         completions = [self.completion(ids, logp) for ids, logp in zip(all_ids, all_logprobs)]
         return [completions[i:i + num_samples] for i in range(0, len(completions), num_samples)]
 
-    def completion(self, ids: list[int], logprobs: torch.Tensor) -> Completion:
+    def completion(self, ids, logprobs):
         """The completion in a row of sampled tokens, which ends with the first end-of-turn token."""
         stops = [t for t, token in enumerate(ids) if token in self.stop_ids]
         length = stops[0] + 1 if stops else len(ids)
@@ -968,7 +1002,8 @@ class Policy:
         """Log-probabilities of sampled completions, conditioned on the image, and their KL to the reference. The role
         stays active, for the backward pass."""
         prompt = self.encode_prompts([prompt])[0]
-        token_ids = torch.tensor([token for c in completions for token in c.token_ids], device=self.device)  # (M,)
+        all_ids = [token for c in completions for token in c.token_ids]
+        token_ids = torch.tensor(all_ids, device=self.device)  # (M,)
         with torch.no_grad(), self.adapter(None):
             ref_hidden = self.completion_hidden(prompt, completions)  # (M, d)
         hidden = ref_hidden
@@ -977,17 +1012,19 @@ class Policy:
                 hidden = self.completion_hidden(prompt, completions)  # (M, d)
         logprobs = []
         kl = []
-        for start in range(0, len(token_ids), 512):  # chunks bound the logits, 512 x 152,000 numbers for Qwen2.5-VL
+        # Chunks bound the logits, 512 x 152,000 numbers for Qwen2.5-VL
+        for start in range(0, len(token_ids), 512):
             chunk = slice(start, start + 512)
             # `checkpoint` frees the logits at once; the backward pass computes each chunk again
-            chunk_logprobs, chunk_kl = checkpoint(token_statistics, hidden[chunk], ref_hidden[chunk], token_ids[chunk],
-                                                  self.lm_head, temperature, use_reentrant=False)
+            chunk_logprobs, chunk_kl = checkpoint(
+                token_statistics, hidden[chunk], ref_hidden[chunk], token_ids[chunk], self.lm_head, temperature,
+                use_reentrant=False)
             logprobs.append(chunk_logprobs)
             kl.append(chunk_kl)
         lengths = [len(c.token_ids) for c in completions]
         return Scores(list(torch.cat(logprobs).split(lengths)), list(torch.cat(kl).split(lengths)))
 
-    def completion_hidden(self, prompt: Prompt, completions: list[Completion]) -> torch.Tensor:
+    def completion_hidden(self, prompt, completions):
         """Hidden states that predict the completions' tokens, (M, d). The prompt is prefilled once for all N, also with
         gradients: P + N R tokens go through the model instead of N (P + R)."""
         lengths = [len(c.token_ids) for c in completions]
@@ -1012,7 +1049,7 @@ class Policy:
             e[j] = rows.float().sum(dim=0)
         return F.normalize(e, dim=-1)
 
-def uniform_numbers(seeds: list[int], num_samples: int, length: int) -> torch.Tensor:
+def uniform_numbers(seeds, num_samples, length):
     """A stream of uniform numbers per completion, (B N, length), float64, keyed by its prompt's seed and number."""
     rows = []
     for seed in seeds:
@@ -1021,13 +1058,13 @@ def uniform_numbers(seeds: list[int], num_samples: int, length: int) -> torch.Te
             rows.append(torch.rand(length, dtype=torch.float64, generator=generator))
     return torch.stack(rows)
 
-def draw(logp: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def draw(logp, uniform):
     """Tokens (rows, 1) from log-probabilities (rows, V): inverts the distribution function, in float64."""
     cdf = logp.double().exp().cumsum(-1)
     heights = uniform[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, heights, right=True).clamp_max(cdf.shape[-1] - 1)
 
-def concatenate(values: list):
+def concatenate(values):
     """Joins image features: tensors, tuples of them (one per image), or lists of such (one per layer, as Qwen3-VL)."""
     if torch.is_tensor(values[0]):
         return torch.cat(values)
@@ -1048,7 +1085,7 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:N; PyTorch sees {found} GPUs. See README")
     return torch.device(name)
 
-def load_backbone(config: Config, device: torch.device) -> tuple:
+def load_backbone(config, device):
     """(model, tokenizer, processor) of a checkpoint, the model frozen; for the Qwen-VL models, the image processor."""
     import transformers
     from transformers.utils.versions import require_version
@@ -1066,11 +1103,13 @@ def load_backbone(config: Config, device: torch.device) -> tuple:
         text_config = hf.config.get_text_config()
         if getattr(text_config, "final_logit_softcapping", None) or getattr(text_config, "logit_scale", 1) != 1:
             raise ValueError("its logits are not lm_head(hidden)")
-        if hf.config.model_type.startswith("qwen"):  # their whole processor needs torchvision, for videos
+        # Their whole processor needs torchvision, for videos
+        if hf.config.model_type.startswith("qwen"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
             processor = transformers.AutoImageProcessor.from_pretrained(config.model, backend="pil")
             smallest = min(processor.size["shortest_edge"], config.max_pixels)
-            processor.size = {"shortest_edge": smallest, "longest_edge": config.max_pixels}  # areas, despite the names
+            # These are areas, despite their names
+            processor.size = {"shortest_edge": smallest, "longest_edge": config.max_pixels}
         else:
             processor = transformers.AutoProcessor.from_pretrained(config.model)
             tokenizer = processor.tokenizer
@@ -1078,7 +1117,7 @@ def load_backbone(config: Config, device: torch.device) -> tuple:
             raise ValueError("it has no chat template")
     return hf.to(device).eval(), tokenizer, processor
 
-def checkpoint_folder(model: str) -> Path:
+def checkpoint_folder(model):
     """The folder of a checkpoint: `model` itself, or where the Hugging Face Hub's tokenizer files are kept here."""
     if Path(model).is_dir():
         return Path(model)
@@ -1086,7 +1125,7 @@ def checkpoint_folder(model: str) -> Path:
     with blame(f"{model}: neither a folder nor found on the Hugging Face Hub"):
         return Path(snapshot_download(model, allow_patterns=list(TEXT_FILES)))
 
-def adapter_settings(folder: Path) -> dict:
+def adapter_settings(folder):
     """What a PEFT adapter folder says of its LoRA: the settings that a Policy for it needs. Raises UserError."""
     with blame(f"{folder}: no usable PEFT adapter. Name a step_* folder of a run, or its solver/ folder"):
         peft = json.loads((folder / "adapter_config.json").read_text())
@@ -1102,7 +1141,7 @@ class ZeroLoss(torch.nn.Module):
     ranks whatever gradients the parameters hold by then, is the one exchange of an update. A rank without a rollout
     takes part like any other, so none waits."""
 
-    def __init__(self, weights: list[torch.nn.Parameter]):
+    def __init__(self, weights):
         super().__init__()
         self.weights = torch.nn.ParameterList(weights)
 
@@ -1112,7 +1151,7 @@ class ZeroLoss(torch.nn.Module):
 class Learner:
     """What one role carries from step to step: its optimizer, baseline b and KL coefficient beta."""
 
-    def __init__(self, policy: Policy, role: str):
+    def __init__(self, policy, role):
         config = policy.config
         self.policy = policy
         self.role = role
@@ -1125,7 +1164,8 @@ class Learner:
         if world_size() > 1:
             with policy.adapter(role):  # DDP takes the parameters that require gradients now
                 self.exchange = torch.nn.parallel.DistributedDataParallel(ZeroLoss(self.weights))
-                self.exchange().backward()  # DDP orders its buckets, and so its sums, after the first pass: this one
+                # DDP orders its buckets, and so its sums, after its first pass: make that one now
+                self.exchange().backward()
 
     def update(self, prompts: list[Prompt], completions: list[list[Completion]], rewards: list[list[float]]) -> dict:
         """One optimizer step over all rollouts of all ranks (Eq 7), then the baseline and beta (Eq 8). The lists have
@@ -1138,28 +1178,35 @@ class Learner:
         if count == 0:  # no rank got a question to work on
             return {}
         mean_reward = reward_sum / count
-        baseline = mean_reward if self.baseline is None else self.baseline  # starts at the first mean [ours]
-        kind = config.advantage if self.role == "solver" else "ema"  # the Proposer has one sample per image
+        # b starts at the first mean [ours]
+        baseline = mean_reward if self.baseline is None else self.baseline
+        # The Proposer has one sample per image
+        kind = config.advantage if self.role == "solver" else "ema"
 
         self.optimizer.zero_grad(set_to_none=True)
         kl_sum = 0.0
         for prompt, replies, r in zip(prompts, completions, rewards):
-            a = advantages(r, baseline, kind)  # from all N rewards, before the rollouts are cut into gradient passes
+            # From all N rewards, before the rollouts are cut into gradient passes
+            a = advantages(r, baseline, kind)
             for start in range(0, len(replies), config.score_rollouts):
                 part = slice(start, start + config.score_rollouts)
                 scores = self.policy.score(self.role, prompt, replies[part], config.temperature)
                 loss = reinforce_loss(scores.logprobs, scores.kl, a[part], self.beta, config.logprob_reduction)
-                share = len(replies[part]) / count  # of this pass in the mean over all rollouts of all ranks
+                # The share of this pass in the mean over all rollouts of all ranks
+                share = len(replies[part]) / count
                 (loss * share * world_size()).backward()  # DDP will divide by the number of ranks
                 kl_sum += sum(kl.mean().item() for kl in scores.kl)
-        if self.exchange:  # p.grad holds this rank's sum; the backward pass of a zero loss makes DDP average it
+        # p.grad holds this rank's sum; the backward pass of a zero loss makes DDP average it
+        if self.exchange:
             with self.policy.adapter(self.role):
                 self.exchange().backward()
 
         grad_norm = torch.nn.utils.clip_grad_norm_(self.weights, config.grad_clip).item()
         kl = all_sum(kl_sum)[0] / count
-        skipped = not (math.isfinite(grad_norm) and math.isfinite(kl))  # both are the same on all ranks
-        stats = {"kl": kl, "beta": self.beta, "baseline": baseline, "grad_norm": grad_norm, "skipped": int(skipped)}
+        # Both are the same on all ranks
+        skipped = not (math.isfinite(grad_norm) and math.isfinite(kl))
+        stats = {"kl": kl, "beta": self.beta, "baseline": baseline}
+        stats |= {"grad_norm": grad_norm, "skipped": int(skipped)}
         if skipped:
             self.skips_in_a_row += 1
             if self.skips_in_a_row == 5:
@@ -1169,22 +1216,22 @@ class Learner:
         self.skips_in_a_row = 0
         self.optimizer.step()
         self.baseline = update_baseline(baseline, mean_reward, config.baseline_momentum)
-        self.beta = adapt_kl_coef(self.beta, kl, config.kl_target, config.kl_adapt_rate, config.kl_coef_min,
-                                  config.kl_coef_max)
+        self.beta = adapt_kl_coef(self.beta, kl, config.kl_target, config.kl_adapt_rate,
+                                  config.kl_coef_min, config.kl_coef_max)
         return stats
 
 
 # ---- Ranks: torchrun starts one process per GPU; every printed or decided number is global ---------------------------
 
-def world_size() -> int:
+def world_size():
     """How many processes train together; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
-def rank() -> int:
+def rank():
     """The number of this process among them; rank 0 prints and writes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
-def say(text: str):
+def say(text):
     """Prints a line, once for all ranks: any text, on any terminal. A reader that has gone (`| head`) ends nothing."""
     if rank() != 0 or sys.stdout is None:
         return
@@ -1194,7 +1241,7 @@ def say(text: str):
     except BrokenPipeError:
         sys.stdout = None
 
-def join_ranks(device: torch.device):
+def join_ranks(device):
     """Joins the process group of torchrun, if torchrun started us: nccl (RCCL on ROCm) on GPUs, gloo on the CPU."""
     if "RANK" not in os.environ or dist.is_initialized():
         return
@@ -1209,24 +1256,25 @@ def join_ranks(device: torch.device):
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=patience)
 
-def gather(value) -> list:
+def gather(value):
     """The values of all ranks, in order of rank, on every rank."""
     values = [value] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
 
-def all_sum(*values: float) -> list[float]:
+def all_sum(*values):
     """Each value summed over all ranks."""
     return [sum(column) for column in zip(*gather(values))]
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
+def stop_signals():
     """Inside the block SIGTERM and SIGINT (preemption, Ctrl-C) only join a list, and the step in flight is finished."""
     caught = []
     with contextlib.ExitStack() as handlers:  # puts the old ones back
         for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):  # outside the main thread Python takes no handlers
+            # Outside the main thread Python takes no handlers
+            with contextlib.suppress(ValueError):
                 old = signal.signal(number, lambda number, frame: caught.append(number))
                 handlers.callback(signal.signal, number, old)
         yield caught
@@ -1272,7 +1320,7 @@ def load_image(path: Path) -> Image.Image:
 class ImageStream:
     """The images of a whole run, counted over all steps and ranks: the files in a new order in each epoch."""
 
-    def __init__(self, paths: tuple[Path, ...], seed: int):
+    def __init__(self, paths, seed):
         self.paths = paths
         self.seed = seed
         self.epoch = None
@@ -1284,7 +1332,8 @@ class ImageStream:
         epoch, start = divmod(slot, len(self.paths))
         if epoch != self.epoch:
             self.epoch = epoch
-            self.order = random.Random(derive_seed(self.seed, "order", epoch)).sample(self.paths, len(self.paths))
+            rng = random.Random(derive_seed(self.seed, "order", epoch))
+            self.order = rng.sample(self.paths, len(self.paths))
         for offset in range(len(self.paths)):
             path = self.order[(start + offset) % len(self.paths)]
             try:
@@ -1297,7 +1346,7 @@ class ImageStream:
 # ---- Run folder: config.json, metrics.jsonl, rollouts.jsonl, step_*/ -------------------------------------------------
 
 @contextlib.contextmanager
-def open_run(config: Config) -> Iterator[tuple]:
+def open_run(config):
     """Makes the run folder and locks it inside the block. Gives it, and the checkpoint to continue from or None."""
     name = config.run_name or f"{config.preset}_seed{config.seed}"
     if name in (".", "..") or "/" in name or not name.isprintable() or not config.output_dir:
@@ -1313,7 +1362,7 @@ def open_run(config: Config) -> Iterator[tuple]:
         checkpoints = gather(find_checkpoint(run, config) if rank() == 0 else None)
         yield run, checkpoints[0]  # rank 0 decides for all
 
-def find_checkpoint(run: Path, config: Config) -> Path | None:
+def find_checkpoint(run, config):
     """The checkpoint to continue from, or None to start. Raises UserError rather than touch another run."""
     settings = run / "config.json"
     if not settings.exists():
@@ -1326,7 +1375,8 @@ def find_checkpoint(run: Path, config: Config) -> Path | None:
         saved = dict(json.loads(settings.read_text()))
     here = json.loads(json.dumps(dataclasses.asdict(config)))
     for f in dataclasses.fields(config):
-        there = saved.get(f.name, f.metadata["default"])  # a setting that is newer than the run has its default
+        # A setting that is newer than the run has its default
+        there = saved.get(f.name, f.metadata["default"])
         change = f"--{f.name} {there!r} there, {here[f.name]!r} here"
         if there != here[f.name] and not f.metadata["resumable"]:
             raise UserError(f"{run}: holds a run with other settings ({change}). Choose another --run_name")
@@ -1335,25 +1385,26 @@ def find_checkpoint(run: Path, config: Config) -> Path | None:
     checkpoints = list_checkpoints(run)
     return checkpoints[-1] if checkpoints else None
 
-def list_checkpoints(run: Path) -> list[Path]:
+def list_checkpoints(run):
     """Complete checkpoints of a run, oldest first."""
     return sorted(file.parent for file in run.glob("step_[0-9]*/trainer_state.pt"))
 
-def start_run(run: Path, config: Config, last_step: int):
+def start_run(run, config, last_step):
     """Writes the settings, cuts the logs back to the step from which the run continues, and removes leftovers."""
     texts = {"config.json": json.dumps(dataclasses.asdict(config), indent=2) + "\n"}
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         rows = [row for row in read_jsonl(run / name) if last_step >= row.get("step", math.inf)]
         texts[name] = "".join(json.dumps(row) + "\n" for row in rows)
     with blame(f"{run}: cannot be written. Make room, or choose another --output_dir"):
-        for name, text in texts.items():  # written aside and renamed: there as a whole, or not at all
+        # Each is written aside and renamed, so that it is there as a whole or not at all
+        for name, text in texts.items():
             part = run / ".part"
             part.write_text(text, encoding="utf-8")
             part.rename(run / name)
         for part in run.glob(".step_*.part"):
             shutil.rmtree(part)
 
-def read_jsonl(path: Path) -> Iterator[dict]:
+def read_jsonl(path):
     """The rows of a log. What is no row, as a line that a crash has torn, is left out; a missing file has no rows."""
     if path.exists():
         with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
@@ -1363,7 +1414,7 @@ def read_jsonl(path: Path) -> Iterator[dict]:
                     if isinstance(row, dict):
                         yield row
 
-def append_jsonl(path: Path, rows: list[dict]):
+def append_jsonl(path, rows):
     """Appends rows to a log; numbers that JSON cannot say (NaN, infinity) become null."""
     lines = []
     for row in rows:
@@ -1372,13 +1423,14 @@ def append_jsonl(path: Path, rows: list[dict]):
     with blame(f"{path}: cannot be written. Make room"), open(path, "a", encoding="utf-8") as file:
         file.write("".join(lines))
 
-def save_checkpoint(run: Path, step: int, images: int, policy: Policy, learners: dict):
+def save_checkpoint(run, step, images, policy, learners):
     """Writes run/step_NNNNNN aside and then renames it, so that a folder of that name is complete; deletes old ones."""
     folder = run / f"step_{step:06d}"
     part = run / f".{folder.name}.part"
     state = {"step": step, "images": images}
     for role, learner in learners.items():
-        state[role] = {"beta": learner.beta, "baseline": learner.baseline, "optimizer": learner.optimizer.state_dict()}
+        state[role] = {"beta": learner.beta, "baseline": learner.baseline}
+        state[role]["optimizer"] = learner.optimizer.state_dict()
     with blame(f"{part}: cannot be written. Make room; --resume goes on from the newest checkpoint"):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
@@ -1388,12 +1440,13 @@ def save_checkpoint(run: Path, step: int, images: int, policy: Policy, learners:
             if file.is_file():
                 with open(file, "rb") as written:
                     os.fsync(written)
-        shutil.rmtree(folder, ignore_errors=True)  # an incomplete one, or the run would have gone on behind it
+        # What has that name is incomplete, or the run would have gone on behind it
+        shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
         for old in list_checkpoints(run)[:-policy.config.keep_checkpoints]:
             shutil.rmtree(old.rename(run / f".{old.name}.part"))
 
-def load_checkpoint(folder: Path, policy: Policy, learners: dict) -> tuple:
+def load_checkpoint(folder, policy, learners):
     """Restores adapters and trainer state, unpickling tensors and numbers alone; returns the step and images seen."""
     with blame(f"{folder}: damaged. Delete it to resume from the checkpoint before it"):
         state = torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
@@ -1435,7 +1488,8 @@ def train(config: Config, reward: Callable[..., dict] = group_rewards) -> Path:
         stopped = False
         while step < config.total_steps and not stopped:
             step += 1
-            torch.manual_seed(derive_seed(config.seed, step, rank()))  # for LoRA dropout; sampling has keys of its own
+            # For LoRA dropout; sampling has keys of its own
+            torch.manual_seed(derive_seed(config.seed, step, rank()))
             lam = step_reward_weight(step, config.total_steps, config.lambda_max, config.warmup_frac,
                                      config.lambda_schedule)
 
@@ -1444,7 +1498,8 @@ def train(config: Config, reward: Callable[..., dict] = group_rewards) -> Path:
             solve(policy, asked, step)
             for e in asked:
                 embeddings = [policy.embed_steps(rollout.steps) for rollout in e.rollouts]
-                e.rewards = valid_rewards(reward(e.rollouts, embeddings, lam, config, e.question), len(e.rollouts))
+                rewards = reward(e.rollouts, embeddings, lam, config, e.question)
+                e.rewards = valid_rewards(rewards, config.num_rollouts)
             if config.watch_every and step % config.watch_every == 0:
                 ask_about_another_image(policy, asked, stream, step, images)
 
@@ -1461,7 +1516,8 @@ def train(config: Config, reward: Callable[..., dict] = group_rewards) -> Path:
 
             images += world_size() * config.images_per_rank
             log.write(step, episodes, lam, stats)
-            stopped = all_sum(len(signals))[0] > 0  # a signal to any rank stops all of them after the same step
+            # A signal to any rank stops all of them after the same step
+            stopped = all_sum(len(signals))[0] > 0
             if rank() == 0 and (stopped or step % config.save_every == 0 or step == config.total_steps):
                 save_checkpoint(run, step, images, policy, learners)
             gather(None)  # no rank goes on or ends before rank 0 has saved
@@ -1472,7 +1528,7 @@ def train(config: Config, reward: Callable[..., dict] = group_rewards) -> Path:
     say(f"{run}/step_{step:06d} holds both adapters")
     return run
 
-def propose(policy: Policy, stream: ImageStream, step: int, first_image: int) -> list[Episode]:
+def propose(policy, stream, step, first_image):
     """This rank's share of the step's images, each with one proposed question."""
     config = policy.config
     first_slot = rank() * config.images_per_rank
@@ -1488,18 +1544,18 @@ def propose(policy: Policy, stream: ImageStream, step: int, first_image: int) ->
         e.question = parse_question(proposal.text)
     return episodes
 
-def solve(policy: Policy, asked: list[Episode], step: int, key: str = "solver"):
+def solve(policy, asked, step, key="solver"):
     """Fills in N Solver rollouts for each episode. `key` keys their random numbers."""
     config = policy.config
     prompts = [Prompt(e.image, solver_prompt(e.question)) for e in asked]
     seeds = [derive_seed(config.seed, step, e.slot, key) for e in asked]
-    samples = policy.sample("solver", prompts, config.num_rollouts, config.max_new_tokens_solver, config.temperature,
-                            seeds)
+    samples = policy.sample("solver", prompts, config.num_rollouts, config.max_new_tokens_solver,
+                            config.temperature, seeds)
     for e, completions in zip(asked, samples):
         e.completions = completions
         e.rollouts = [parse_rollout(c.text, config.max_reasoning_steps) for c in completions]
 
-def valid_rewards(rewards: dict, n: int) -> dict:
+def valid_rewards(rewards, n):
     """The result of a reward function, tensors as lists. Raises UserError if it cannot train the two roles."""
     plain = {}
     for key, value in (rewards or {}).items():
@@ -1512,14 +1568,14 @@ def valid_rewards(rewards: dict, n: int) -> dict:
         raise UserError(f'reward: "r_prop" must be a number, but is {str(r_prop):.200}')
     return plain
 
-def numbers(value, n: int) -> list[float]:
+def numbers(value, n):
     """The finite numbers in a number, or in a list of n numbers or None; none in anything else."""
     values = value if isinstance(value, list) and len(value) == n else [value]
     if not all(v is None or isinstance(v, (int, float)) for v in values):
         return []
     return [float(v) for v in values if v is not None and math.isfinite(v)]
 
-def ask_about_another_image(policy: Policy, asked: list[Episode], stream: ImageStream, step: int, first_image: int):
+def ask_about_another_image(policy, asked, stream, step, first_image):
     """Looks for collapse: where the majority answer is as frequent when the same question is asked about the run's next
     image, the answers do not come from the picture. Logs its share there; alters no training number."""
     others = []
@@ -1530,7 +1586,8 @@ def ask_about_another_image(policy: Policy, asked: list[Episode], stream: ImageS
     for e, other in zip(asked, others):
         a_hat, _ = dominant_group([rollout.vote for rollout in e.rollouts])
         if a_hat and other.path != e.path:
-            e.rewards["swapped_agreement"] = statistics.fmean(rollout.vote == a_hat for rollout in other.rollouts)
+            agree = [rollout.vote == a_hat for rollout in other.rollouts]
+            e.rewards["swapped_agreement"] = statistics.fmean(agree)
 
 STEP_LINE = ("{step:5d}/{total_steps} | H {entropy:.2f} valid {entropy_valid:.2f} maj {group_size:.1f} "
              "bad {invalid:.0%} | r_ans {r_ans:.2f} r_step {r_step:.2f} lam {lambda:.2f} r_sol {r_sol:.2f} "
@@ -1542,7 +1599,7 @@ WATCH_LINE = ("    watch: majority answer {majority:.0%}, about another image {s
 class Log:
     """Prints one line per step and writes metrics.jsonl and rollouts.jsonl (rank 0)."""
 
-    def __init__(self, run: Path, config: Config, last_step: int, num_images: int):
+    def __init__(self, run, config, last_step, num_images):
         self.run = run
         self.config = config
         self.first_step = last_step
@@ -1568,7 +1625,7 @@ class Log:
             self.wandb = wandb.init(project=self.config.wandb, name=self.run.name, id=run_id, resume="allow",
                                     config=dataclasses.asdict(self.config))
 
-    def write(self, step: int, episodes: list[Episode], lam: float, stats: dict):
+    def write(self, step, episodes, lam, stats):
         """Gathers the step's episodes from all ranks; metrics are means over them, whatever the number of ranks."""
         gathered = gather([self.row(step, e) for e in episodes])
         if rank() != 0:
@@ -1596,7 +1653,7 @@ class Log:
             self.wandb.log(metrics, step=step)
         self.show(metrics, rows)
 
-    def row(self, step: int, e: Episode) -> dict:
+    def row(self, step, e):
         """An episode as a row of rollouts.jsonl."""
         votes = [rollout.vote for rollout in e.rollouts]
         own = {
@@ -1615,14 +1672,15 @@ class Log:
         }
         return {**e.rewards, **own}
 
-    def show(self, metrics: dict, rows: list[dict]):
+    def show(self, metrics, rows):
         """The line of a step and, from time to time, the signs of collapse and the rollouts of one question."""
         config = self.config
         step = metrics["step"]
         seconds_a_step = (self.last_time - self.started) / (step - self.first_step)
         left = timedelta(seconds=int(seconds_a_step * (config.total_steps - step)))
         values = defaultdict(lambda: math.nan, metrics)  # "nan" where this step has no such number
-        values |= {"total_steps": config.total_steps, "left": left, "speed": metrics["tokens"] / metrics["seconds"]}
+        values |= {"total_steps": config.total_steps, "left": left}
+        values["speed"] = metrics["tokens"] / metrics["seconds"]
         say(STEP_LINE.format_map(values))
         if config.watch_every and step % config.watch_every == 0:
             say(WATCH_LINE.format_map(values))
@@ -1630,7 +1688,7 @@ class Log:
         if shown and config.show_every and step % config.show_every == 0:
             self.show_rollouts(shown[0])
 
-    def show_rollouts(self, row: dict):
+    def show_rollouts(self, row):
         """A row of rollouts.jsonl for a person to read."""
         say(f"    {row['image']}: {row['question']}")
         for r_sol, vote, steps, text in zip(row["r_sol"], row["votes"], row["steps"], row["texts"]):
@@ -1684,9 +1742,12 @@ def ask(config: Config, image: str, question: str, adapter: str = ""):
     rollout = parse_rollout(reply.text)
     for j, step in enumerate(rollout.steps, 1):
         say(f"Step {j}: {step}")
-    say(f"Answer: {rollout.answer}" if rollout.answer else f"(no <answer> in the reply) {rollout.text}")
+    if rollout.answer:
+        say(f"Answer: {rollout.answer}")
+    else:
+        say(f"(no <answer> in the reply) {rollout.text}")
 
-def load_solver(config: Config, adapter: str) -> tuple:
+def load_solver(config, adapter):
     """A policy and the role that answers: "solver" with an adapter, on the backbone it was trained on, else None."""
     if not adapter:
         return Policy(config), None
@@ -1713,7 +1774,7 @@ def evaluate_file(config: Config, file: str, adapter: str = "", batch_size: int 
         say(f"{label:<8} {result[key]:.3f} [{low:.3f}, {high:.3f}]")
 
 @contextlib.contextmanager
-def result_file(path: str) -> Iterator[dict]:
+def result_file(path):
     """A dict that the end of the block writes to a new JSON file. The file is opened first, so that no work is lost to
     a bad name and no older file to the result. Without a name the dict goes nowhere."""
     result = {}
@@ -1731,11 +1792,12 @@ def result_file(path: str) -> Iterator[dict]:
     finally:
         file.close()
 
-def load_questions(file: str) -> list[dict]:
+def load_questions(file):
     """The rows of a file of questions, with "answers", a list. Raises UserError with the line number."""
     rows = []
     with blame(f"{file}: cannot be read. Give a JSONL file of questions"):
-        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028
+        # `splitlines` would also split at U+2028
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     for number, line in enumerate(lines, 1):
         if line.strip():
             with blame(f"{file} line {number}: must be an object with image, question and answer, none of them empty"):
@@ -1744,13 +1806,14 @@ def load_questions(file: str) -> list[dict]:
         raise UserError(f"{file}: no questions in it")
     return rows
 
-def read_question(row: dict, folder: Path) -> dict:
+def read_question(row, folder):
     """A row of a file of questions, checked. Raises ValueError."""
     if not isinstance(row, dict) or not row.keys() >= {"image", "question", "answer"}:
         raise ValueError("something is missing")
     answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    readable = answers and all(type(a) in (str, int, float) and normalize_answer(str(a)) for a in answers)
-    if not readable or type(row["question"]) is not str or not row["question"].strip():
+    if not all(type(a) in (str, int, float) and normalize_answer(str(a)) for a in answers):
+        answers = []
+    if not answers or type(row["question"]) is not str or not row["question"].strip():
         raise ValueError("the question or an answer is empty, or no text or number")
     image = folder / str(row["image"])
     if not image.is_file():
@@ -1772,8 +1835,9 @@ def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: fl
         prompts = [Prompt(load_image(row["image"]), solver_prompt(row["question"])) for row in batch]
         prompts = policy.encode_prompts(prompts)
         seeds = [derive_seed(config.seed, "eval", start + i) for i in range(len(batch))]
-        sampled = policy.sample(role, prompts, config.num_rollouts, config.max_new_tokens_solver, temperature, seeds)
-        greedy = policy.sample(role, prompts, 1, config.max_new_tokens_solver, temperature=0.0)
+        length = config.max_new_tokens_solver
+        sampled = policy.sample(role, prompts, config.num_rollouts, length, temperature, seeds)
+        greedy = policy.sample(role, prompts, 1, length, temperature=0.0)
         for row, rollouts, best in zip(batch, sampled, greedy):
             texts = [completion.text for completion in rollouts + best]
             votes = [parse_rollout(text).vote for text in texts]
@@ -1790,7 +1854,7 @@ def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: fl
         result["ci95"][key] = wilson_interval(result[key], len(rows))
     return result
 
-def wilson_interval(p: float, n: int) -> list[float]:
+def wilson_interval(p, n):
     """Wilson's 95 % interval of a share p of n."""
     z2 = 1.96 ** 2
     centre = p + z2 / (2 * n)
@@ -1815,7 +1879,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}. See --help")
 
-def parse_command_line(argv: list[str]) -> tuple:
+def parse_command_line(argv):
     """(command, settings, the command's own arguments). Raises UserError."""
     name = "train"
     if argv and not argv[0].startswith("-"):
@@ -1832,7 +1896,7 @@ def parse_command_line(argv: list[str]) -> tuple:
     own = {key: value for key, value in vars(arguments).items() if key not in settings}
     return command, Config(**config), own
 
-def make_parser(name: str) -> argparse.ArgumentParser:
+def make_parser(name):
     """The parser of a command: its own parameters, then a flag for each of its settings."""
     command, settings = COMMANDS[name]
     summaries = [f"  {other:<8} {inspect.getdoc(f).splitlines()[0]}" for other, (f, _) in COMMANDS.items()]
@@ -1882,12 +1946,14 @@ def main(argv: list[str] | None = None) -> int:
         status = 130
     if message:
         print(f"ireasoner: {message}", file=sys.stderr, flush=True)
-    if dist.is_initialized():  # at once: threads of gloo sometimes abort an interpreter that ends in the ordinary way
+    # Threads of gloo sometimes abort an interpreter that ends in the ordinary way
+    if dist.is_initialized():
         if sys.stdout:
             sys.stdout.flush()
         os._exit(status)
     return status
 
 if __name__ == "__main__":
-    import ireasoner  # the tests and the demo import this file: run that module, so that there is one set of classes
+    # The tests and the demo import this file; run that module too, so that there is one set of classes
+    import ireasoner
     sys.exit(ireasoner.main())

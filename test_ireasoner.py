@@ -377,7 +377,7 @@ def demo(config: Config, cancel: float, json_file: str, reward=ir.group_rewards)
         policy.load("solver", ir.list_checkpoints(run)[-1] / "solver")
         ir.say("\n4. The same test questions after self-evolution")
         after, new_rows = judge(policy, "solver", questions, "after self-evolution")
-        show_mended_trace(old_rows, new_rows)
+        show_mended_trace(old_rows, new_rows, run / "demo.png")
 
         kls = [row["kl_solver"] for row in ir.read_jsonl(run / "metrics.jsonl") if "kl_solver" in row]
         result |= {
@@ -397,14 +397,46 @@ def delete_earlier_demo(run: Path):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(run)
 
-def show_mended_trace(old_rows, new_rows):
-    """Says the first greedy reply that was right for a wrong reason and became right for a right one."""
+def show_mended_trace(old_rows, new_rows, picture: Path):
+    """Says and draws the first greedy reply that was right for a wrong reason and became right for a right one."""
     for old, new in zip(old_rows, new_rows):
         if old["right"][-1] and not old["sound"][-1] and new["sound"][-1]:
             for row in (old, new):
                 steps = ir.parse_rollout(row["texts"][-1]).steps
                 ir.say(f"   {row['question']} {' | '.join(steps)} | {row['votes'][-1]}")
+            if ir.rank() == 0:
+                draw_mended_trace(old, new, picture)
             return
+
+def draw_mended_trace(old, new, picture: Path):
+    """The dice, the question and both replies, with a mark at each step; nothing where matplotlib is missing."""
+    with contextlib.suppress(ImportError):
+        from matplotlib.figure import Figure
+        figure = Figure(figsize=(9.5, 3.6), layout="tight", facecolor="white")
+        dice, before, after = figure.subplots(1, 3)
+        dice.imshow(Image.open(old["image"]))
+        dice.set_title(old["question"].replace(" even", "\neven"), fontsize=11)
+        for axes, row, title in ((before, old, "before training"), (after, new, "after")):
+            steps = ir.parse_rollout(row["texts"][-1]).steps
+            axes.set_title(title, fontsize=11)
+            for j, step in enumerate(steps):
+                mark, color = ("right", "C2") if is_true(step, row["dice"]) else ("wrong", "C3")
+                axes.text(0.05, 0.92 - 0.13 * j, f"Step {j + 1}: {step}", fontsize=11)
+                axes.text(0.78, 0.92 - 0.13 * j, mark, fontsize=11, color=color, weight="bold")
+            axes.text(0.05, 0.92 - 0.13 * len(steps), f"Answer: {row['votes'][-1]}", fontsize=11, weight="bold")
+        for axes in (dice, before, after):
+            axes.axis("off")
+        figure.savefig(picture, dpi=100)
+        ir.say(f"   drawn: {picture}")
+
+def is_true(step: str, dice: Dice) -> bool:
+    """A claim for itself: a reading, a sum or a parity."""
+    words = step.split()
+    if words[1] == "shows":
+        return words[2] == str(dice[words[0]])
+    if words[1] == "+":
+        return int(words[0]) + int(words[2]) == int(words[4])
+    return words[2] == parity(int(words[0]))
 
 def ill_posed_share(world: Path, run: Path, after_step: int) -> float:
     """Of the questions that the Proposer asked in the 20 steps after a step."""
