@@ -214,7 +214,7 @@ def valid_value(f, value):
         value = float(value)
     if f.type is tuple:
         parts = value if isinstance(value, (list, tuple)) else [value]
-        value = tuple(str(part) for part in parts)
+        value = tuple(map(str, parts))
     fits = type(value) in types
     if fits and isinstance(allowed, list):
         fits = value in allowed
@@ -1892,9 +1892,9 @@ def parse_command_line(argv):
     if unknown:
         flag = unknown[0].split("=")[0]
         raise UserError(f"{flag}: no such flag of {name}{nearest(flag, parser._option_string_actions)} See --help")
-    config = {key: value for key, value in vars(arguments).items() if key in settings}
-    own = {key: value for key, value in vars(arguments).items() if key not in settings}
-    return command, Config(**config), own
+    own = vars(arguments)
+    given = {key: own.pop(key) for key in settings if key in own}
+    return command, Config(**given), own
 
 def make_parser(name):
     """The parser of a command: its own parameters, then a flag for each of its settings."""
