@@ -19,22 +19,21 @@ Multimodal Models", in one file. One training step:
 
 Order: Config; the paper, Eq 1 to Eq 8, then `group_rewards`, yours to change; parsing; Policy; Learner; ranks, images,
 run folder; `train`; tools. In brackets the source of a choice: a section of the paper, [code] for the authors' released
-code, [ours]. Where that code differs from the paper, this file follows the paper.
-
-Where the defaults do not take the paper at its word:
+code, [ours]. Where that code differs from the paper, this file follows the paper, except for these defaults:
 - Eq 1: a rollout without a complete <answer> is invalid. It counts in N, but never votes, and earns 0.
-- g(H) is taken of the valid rollouts' entropy and multiplied by their share; else breaking the Solver would pay best.
+- g(H) is taken of the valid rollouts' entropy and multiplied by their share; else a question would pay
+  best that makes some of the rollouts invalid.
 - Eq 3: a step position that fewer than two traces of G have is left out: one trace always agrees with itself.
 - Eq 4: the weights w_j are normalized over a trace's comparable positions; as printed, the sum grows with their number.
-- Eq 7: log pi is the mean over a rollout's tokens, not their sum (--logprob_reduction sum). beta has narrow bounds.
-- A step takes one image per rank, so 2,500 steps on eight ranks see 20,000 images; the paper counts 2,500 images.
+- Eq 7: log pi is the mean over a rollout's tokens, not their sum (--logprob_reduction sum). beta has bounds.
+- A step takes one image per rank, so 2,500 steps on eight ranks see 20,000 images; the paper's pool holds 2,500.
 - Table 2's rows "gamma = 0.5" and "1.0" vary what Eq 5 calls alpha: here they are the presets alpha_0.5 and alpha_1.0.
 
 Symbols: x image, q question, y_i rollout, a_i its normalized answer (`vote`), s_ij step, e_ij its embedding, a_hat the
 majority answer, G the rollouts that gave it, mu_j prototype, r_tilde agreement of a trace, rho density, lam lambda(t),
 kappa `position_decay`, b baseline, beta `kl_coef`, tau `kl_target`, eta of Eq 8 `kl_adapt_rate`.
 Axes in shape comments: B prompts (one image each), N rollouts of a question, P prompt tokens, R completion tokens,
-M completion tokens of several rollouts in one row, V vocabulary, d model width, J steps of a trace.
+T tokens of one completion, M those of several in one row, rows = B N, V vocabulary, d model width, J steps of a trace.
 """
 import argparse
 import contextlib
@@ -80,13 +79,13 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def blame(culprit):
-    """Errors inside the block become a UserError: the culprit, then the library's words. A mistake in code keeps its
-    traceback, as does everything under IREASONER_DEBUG=1."""
+    """Errors inside the block become a UserError: the culprit, then the library's words. The usual mistakes in code
+    (NameError, TypeError ...) keep their traceback, as does everything under IREASONER_DEBUG=1."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError, NameError, AttributeError, TypeError, AssertionError):
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a library raises at what comes from outside
         if os.environ.get("IREASONER_DEBUG"):
             raise
         words = " ".join(str(error).split())
@@ -131,16 +130,16 @@ class Config:
     preset: str = setting("ireasoner", list(PRESETS), "row of the paper's Tables 1 to 3; explicit flags win [4.1]")
     resume: bool = setting(False, None, "continue the run, or start it where there is none yet [ours]", resumable=True)
     # loop
-    total_steps: int = setting(2500, (1, 999999), "training steps; lambda(t) is a share of them [4.1]", resumable=True)
+    total_steps: int = setting(2500, (1, 999999), "training steps, over which lambda(t) rises [4.1]", resumable=True)
     num_rollouts: int = setting(5, (1, 1024), "N, Solver rollouts per question [4.1]")
-    images_per_rank: int = setting(1, (1, 4096), "images (= questions) per step on each rank [4.1]", resumable=True)
+    images_per_rank: int = setting(1, (1, 4096), "images (= questions) per step on each rank [ours]", resumable=True)
     proposer_every: int = setting(5, (1, 10**7), "steps between Proposer updates [4.1]")
     temperature: float = setting(1.0, (1e-3, 100), "sampling temperature, also used for scoring [code]")
     max_new_tokens_proposer: int = setting(128, (1, 65536), "longest question, tokens [code]")
     max_new_tokens_solver: int = setting(256, (1, 65536), "longest solution, tokens [code]")
     max_pixels: int = setting(802816, (784, 10**8), "larger images are shrunk; 784 pixels are a visual token [ours]")
     # rewards, Eq 1 to 6
-    answer_reward: str = setting("soft", ["soft", "discrete"], "soft: Eq 5; discrete: 1 for the majority [Tab 1]")
+    answer_reward: str = setting("soft", ["soft", "discrete"], "soft: Eq 5, g(H); discrete: 0 or 1, both roles [Tab 1]")
     alpha: float = setting(0.7, (1e-6, 100), "sharpness of the answer reward, Eq 5 [code]")
     eta: float = setting(0.05, (0, 1), "strength of the length penalty, Eq 5 [code]")
     target_words: int = setting(64, (1, 10**6), "words before the answer that cost nothing, Eq 5 [code]")
@@ -168,7 +167,7 @@ class Config:
     kl_adapt_rate: float = setting(0.10, (0, 100), "eta of Eq 8: how fast beta follows the KL [code]")
     lora_r: int = setting(16, (1, 1024), "LoRA rank of each adapter [code]")
     lora_alpha: int = setting(32, (1, 10**6), "LoRA scale is lora_alpha / lora_r [code]")
-    lora_dropout: float = setting(0.0, (0, 0.99), "above 0 the trained policy is not the one that sampled [ours]")
+    lora_dropout: float = setting(0.0, (0, 0.99), "dropout; above 0 another policy trains than sampled [ours]")
     # machine and bookkeeping
     device: str = setting("auto", None, "auto, cpu, cuda or cuda:N (ROCm GPUs are cuda too) [ours]", resumable=True)
     dtype: str = setting("auto", ["auto", "float32", "bfloat16"], "backbone; auto: bfloat16 on GPU, else float32 [4.1]")
@@ -188,7 +187,8 @@ class Config:
         self.filled = {}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if value == before.get(f.name, UNSET):  # not given, now or before
+            # `replace` passes all old values on: one that is still what was filled in was not set by hand
+            if value == before.get(f.name, UNSET):
                 value = of_preset.get(f.name, f.metadata["default"])
                 self.filled[f.name] = value
             setattr(self, f.name, valid_value(f, value))
@@ -204,7 +204,7 @@ class Config:
 
 def valid_value(f, value):
     """A value as the type of its setting. Raises UserError if it is of another type or not allowed."""
-    types = typing.get_args(f.type) or (f.type,)  # (float, NoneType) for float | None
+    types = typing.get_args(f.type) or (f.type,)  # a setting of your own may be float | None
     allowed = f.metadata["allowed"]
     if isinstance(value, numpy.generic):
         value = value.item()
@@ -308,7 +308,8 @@ def group_density(group_size: int, num_rollouts: int, gamma: float = 0.7) -> flo
 def step_prototypes(embeddings: list[torch.Tensor], group: list[int], min_group: int = 2) -> dict[int, torch.Tensor]:
     """Eq 3, mu_j: the mean step embedding at each position over G_j, the members of the group that have such a step.
     embeddings[i] is (J_i, d), one row per step; the keys are 0-based positions, the values (d,). A position with
-    |G_j| < `min_group` is left out [code]: the similarity of one trace with itself is no agreement."""
+    |G_j| < `min_group` is left out [code]: the similarity of one trace with itself is no agreement. A step that was
+    left empty is a zero vector: it is a member of G_j that agrees with nothing."""
     prototypes = {}
     longest = max((len(embeddings[i]) for i in group), default=0)
     for j in range(longest):
@@ -317,16 +318,19 @@ def step_prototypes(embeddings: list[torch.Tensor], group: list[int], min_group:
             prototypes[j] = torch.stack(e_j).mean(dim=0)
     return prototypes
 
+def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """sim(a, b) of section 3.2 for two vectors, in [-1, 1]. Zero vectors and non-finite values give 0."""
+    return F.cosine_similarity(a.double(), b.double(), dim=0).nan_to_num(0.0, 0.0, 0.0)
+
 def step_similarity(embeddings: list[torch.Tensor], group: list[int], min_group: int = 2) -> torch.Tensor:
-    """r_ij = sim(e_ij, mu_j), the cosine, in [-1, 1] (section 3.2): (|G|, J) with J the longest trace of the group, NaN
-    where rollout i has no step j or the position cannot be compared. Zero vectors and non-finite values give 0."""
+    """r_ij = sim(e_ij, mu_j) (section 3.2): (|G|, J) with J the longest trace of the group, NaN where rollout i has no
+    step j or the position cannot be compared."""
     longest = max((len(embeddings[i]) for i in group), default=0)
     r_ij = torch.full((len(group), longest), math.nan)
     for j, mu_j in step_prototypes(embeddings, group, min_group).items():
         for row, i in enumerate(group):
             if j < len(embeddings[i]):
-                cosine = F.cosine_similarity(embeddings[i][j].double(), mu_j.double(), dim=0)
-                r_ij[row, j] = cosine.nan_to_num(0.0, 0.0, 0.0)
+                r_ij[row, j] = cosine(embeddings[i][j], mu_j)
     return r_ij
 
 def position_weights(num_steps: int, decay: float = 0.15) -> torch.Tensor:
@@ -361,8 +365,7 @@ def leave_one_out_similarity(embeddings: list[torch.Tensor], group: list[int]) -
         others = [k for k in group if k != i]
         for j, mean in step_prototypes(embeddings, others, min_group=1).items():
             if j < len(embeddings[i]):
-                cosine = F.cosine_similarity(embeddings[i][j].double(), mean.double(), dim=0)
-                s_ij[row, j] = cosine.nan_to_num(0.0, 0.0, 0.0)
+                s_ij[row, j] = cosine(embeddings[i][j], mean)
     return s_ij
 
 def depth_disagreement(similarity: torch.Tensor) -> torch.Tensor:
@@ -384,7 +387,7 @@ def answer_reward(p_answer: float, excess: float, alpha: float = 0.7, eta: float
 def step_reward_weight(step: int, total_steps: int, lam_max: float = 0.7, warmup_frac: float = 0.3,
                        schedule: str = "ramp") -> float:
     """Eq 6, lambda(t): 0 for the first `warmup_frac` of all steps, then linear to `lam_max` at the last step. `step`
-    is the global step, counted from 1, so a resumed run continues the ramp. Schedule "constant": always `lam_max`."""
+    counts from 1 over the whole run, so a resumed run continues the ramp. Schedule "constant": always `lam_max`."""
     if schedule == "constant":
         return lam_max
     progress = (step / total_steps - warmup_frac) / max(1 - warmup_frac, 1e-9)
@@ -408,7 +411,8 @@ def reinforce_loss(logprobs: list[torch.Tensor], kl: list[torch.Tensor], advanta
 def token_statistics(hidden: torch.Tensor, ref_hidden: torch.Tensor, token_ids: torch.Tensor, lm_head,
                      temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Eq 7, log pi(token) and the exact KL(pi || pi_ref) = sum_v pi(v) (log pi(v) - log pi_ref(v)), in nats, at M token
-    positions: (M, d), (M, d), (M,) -> (M,), (M,). The log-softmax is float32, at the sampling temperature."""
+    positions: (M, d), (M, d), (M,) -> (M,), (M,). hidden[m] is the state that predicts token m. The log-softmax is
+    float32, at the sampling temperature."""
     logp = torch.log_softmax(lm_head(hidden).float() / temperature, dim=-1)  # (M, V)
     with torch.no_grad():
         ref_logp = torch.log_softmax(lm_head(ref_hidden).float() / temperature, dim=-1)  # (M, V)
@@ -466,12 +470,13 @@ def group_rewards(rollouts: list["Rollout"], embeddings: list[torch.Tensor], lam
             r_ans[i] = answer_reward(p[a], excess, config.alpha, config.eta)
     r_sol = [mix_rewards(r_ans[i], r_step[i], lam) for i in range(n)]
 
+    # [ours] H of the valid rollouts, times their share below: with invalid ones as outcomes, a question that breaks two
+    # of five rollouts would earn nearly the maximum
     entropy_valid = answer_entropy(valid)
     if config.answer_reward == "discrete":
         r_prop = float(1 < len(group) < len(valid))  # some, but not all, valid rollouts agree
     else:
         r_prop = entropy_reward(entropy_valid, config.entropy_mu, config.entropy_sigma)
-    # The valid share [ours]: with invalid rollouts as outcomes, breaking the Solver would be the best question.
     r_prop *= len(valid) / n
 
     rewards = {"r_sol": r_sol, "r_prop": r_prop, "r_ans": r_ans, "r_step": r_step}
@@ -506,7 +511,7 @@ class Rollout:
     think: str
     steps: list[str]
     answer: str | None           # raw text of the last complete <answer>...</answer>; None without one
-    words_before_answer: int     # all words without one; tags not counted
+    words_before_answer: int     # before the last complete <answer>, else the first open one, else all; without tags
 
     @property
     def vote(self) -> str | None:
@@ -598,7 +603,7 @@ def split_steps(think: str, max_steps: int = 8) -> list[str]:
     return steps if any(steps) else []
 
 def find_labels(think):
-    """The labels of a trace, in the first of the three styles that it has, each with its position, from 1."""
+    """(position from 1, match) of each label. Only the first of the three styles that the trace has is looked for."""
     for pattern in (_STEP_TAG, _STEP_WORD, _NUMBERED):
         labels = []
         expected = 1
@@ -609,7 +614,7 @@ def find_labels(think):
                 is_next = number == expected or (number == 2 and not labels)
                 if not is_next or _MENTION.search(think[max(label.start() - 12, 0):label.start()]):
                     continue
-            # A wilder jump is no count
+            # A number that repeats, goes back or leaps further is a slip: the next position
             position = number if expected < number <= expected + 8 else expected
             labels.append((position, label))
             expected = position + 1
@@ -632,7 +637,7 @@ def normalize_answer(text: str) -> str:
     """Folds the ways of writing one answer into one string, for voting (Eq 1). Idempotent on any string.
     Case, white space, surrounding quotes, brackets, markdown and LaTeX, a trailing full stop, thousands separators and
     Unicode minus signs are folded. Numbers equal in value become equal, and zero to twelve in words are numbers; a unit
-    may touch its number; a leading article falls. A sign, a decimal point, a percent or currency sign keep their
+    may touch its number; a leading article is dropped. A sign, a decimal point, a percent or currency sign keep their
     meaning.
 
     >>> [normalize_answer(a) for a in ("**7.0**", "$7$", "-5", "5 %", ".50", "1,000km", "(B).", "The cat", "Seven")]
@@ -731,7 +736,7 @@ class Prefill:
 
     def repeat_for_scoring(self, n, room):
         """Every prompt n times in a row, with `room` for more tokens in the mask. The cache grows by concatenation,
-        which passes gradients on to the prompt."""
+        which passes gradients on to the prompt. It is changed in place: this prefill is used up."""
         self.cache.batch_repeat_interleave(n)
         return self.repeat_with(self.cache, n, room)
 
@@ -754,7 +759,8 @@ class Prefill:
 
 class Policy:
     """A vision-language model with the adapters "solver" and "proposer" on one frozen backbone. `hf` is the model of
-    transformers, `peft` the PeftModel around it, `stop_ids` the set of end-of-turn token ids.
+    transformers, into which PEFT has put the adapters, `peft` the PeftModel around it, `stop_ids` the set of
+    end-of-turn token ids.
     The reference policy of Eq 7 is the same backbone with its adapters off, so it costs no memory and cannot drift.
     Wherever a role is asked for, None means the reference."""
 
@@ -798,10 +804,10 @@ class Policy:
 
     @contextlib.contextmanager
     def adapter(self, role):
-        """Runs the block as a role, or as the reference for None. Blocks do not nest. Go backward before the block of
-        another role: PEFT's `set_adapter` takes `requires_grad` from every other adapter, and gradient checkpointing of
-        the decoder would compute its blocks again as whatever role is active by then."""
-        # So that LoRA dropout acts where gradients flow
+        """Runs the block as a role, which stays active after it for the backward pass, or as the reference for None.
+        Blocks do not nest. Call backward() before another role's block: PEFT's `set_adapter` turns `requires_grad` off
+        for all other adapters. (Gradient checkpointing of the decoder, if you add it, must not cross roles either.)"""
+        # LoRA dropout acts in train mode: where gradients flow
         self.hf.get_decoder().train(torch.is_grad_enabled())
         if role is None:
             with self.peft.disable_adapter():
@@ -933,8 +939,9 @@ class Policy:
         features = {}
         for name in prompts[0].image.features:
             features[name] = concatenate([p.image.features[name] for p in prompts])
-        # Without a config: layers with a sliding window keep all keys, and are masked
+        # Made without a config, it keeps all keys: layers with a sliding window would drop old ones
         cache = DynamicCache()
+        # Image features that are there already, so that the vision tower does not run again
         more["mm_encoder_outputs"] = {"image": ModelOutput(features)}
         out = self.hf.model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache,
                             use_cache=True, **more)
@@ -1040,7 +1047,7 @@ class Policy:
 
     @torch.no_grad()
     def embed_steps(self, steps: list[str]) -> torch.Tensor:
-        """f(s) of section 3.2: the l2-normalized mean (here sum) of a step's input-token embeddings: (J, d), CPU."""
+        """f(s) of section 3.2: the l2-normalized sum, so also the mean, of a step's token embeddings: (J, d), CPU."""
         table = self.hf.get_input_embeddings().weight
         e = torch.zeros(len(steps), table.shape[1])
         for j, step in enumerate(steps):
@@ -1050,7 +1057,8 @@ class Policy:
         return F.normalize(e, dim=-1)
 
 def uniform_numbers(seeds, num_samples, length):
-    """A stream of uniform numbers per completion, (B N, length), float64, keyed by its prompt's seed and number."""
+    """A stream of uniform numbers per completion, (B N, length), float64, keyed by the seed of its prompt and by the
+    number of the sample."""
     rows = []
     for seed in seeds:
         for n in range(num_samples):
@@ -1169,8 +1177,8 @@ class Learner:
 
     def update(self, prompts: list[Prompt], completions: list[list[Completion]], rewards: list[list[float]]) -> dict:
         """One optimizer step over all rollouts of all ranks (Eq 7), then the baseline and beta (Eq 8). The lists have
-        one entry per question of this rank. Returns what to log. If the loss or a gradient of any rank is not finite,
-        all ranks skip the update together; the fifth skip in a row raises UserError."""
+        one entry per question of this rank. Returns what to log. If the gradient norm or the KL is not finite, all
+        ranks skip the update together; the fifth skip in a row raises UserError."""
         config = self.policy.config
         local_sum = sum(sum(r) for r in rewards)
         local_count = sum(len(r) for r in rewards)
@@ -1180,7 +1188,7 @@ class Learner:
         mean_reward = reward_sum / count
         # b starts at the first mean [ours]
         baseline = mean_reward if self.baseline is None else self.baseline
-        # The Proposer has one sample per image
+        # With one sample per image, the other kinds would give the Proposer 0
         kind = config.advantage if self.role == "solver" else "ema"
 
         self.optimizer.zero_grad(set_to_none=True)
@@ -1232,7 +1240,8 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 def say(text):
-    """Prints a line, once for all ranks: any text, on any terminal. A reader that has gone (`| head`) ends nothing."""
+    """Prints a line, once for all ranks: any text, on any terminal. Where the reader has gone (`| head`), it goes on in
+    silence."""
     if rank() != 0 or sys.stdout is None:
         return
     encoding = sys.stdout.encoding or "utf-8"
@@ -1389,11 +1398,11 @@ def list_checkpoints(run):
     """Complete checkpoints of a run, oldest first."""
     return sorted(file.parent for file in run.glob("step_[0-9]*/trainer_state.pt"))
 
-def start_run(run, config, last_step):
+def prepare_run(run, config, last_step):
     """Writes the settings, cuts the logs back to the step from which the run continues, and removes leftovers."""
     texts = {"config.json": json.dumps(dataclasses.asdict(config), indent=2) + "\n"}
     for name in ("metrics.jsonl", "rollouts.jsonl"):
-        rows = [row for row in read_jsonl(run / name) if last_step >= row.get("step", math.inf)]
+        rows = [row for row in read_jsonl(run / name) if row.get("step") in range(last_step + 1)]
         texts[name] = "".join(json.dumps(row) + "\n" for row in rows)
     with blame(f"{run}: cannot be written. Make room, or choose another --output_dir"):
         # Each is written aside and renamed, so that it is there as a whole or not at all
@@ -1440,7 +1449,7 @@ def save_checkpoint(run, step, images, policy, learners):
             if file.is_file():
                 with open(file, "rb") as written:
                     os.fsync(written)
-        # What has that name is incomplete, or the run would have gone on behind it
+        # A folder of this name has no trainer_state.pt, or the run would have been resumed from it
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
         for old in list_checkpoints(run)[:-policy.config.keep_checkpoints]:
@@ -1576,8 +1585,8 @@ def numbers(value, n):
     return [float(v) for v in values if v is not None and math.isfinite(v)]
 
 def ask_about_another_image(policy, asked, stream, step, first_image):
-    """Looks for collapse: where the majority answer is as frequent when the same question is asked about the run's next
-    image, the answers do not come from the picture. Logs its share there; alters no training number."""
+    """Looks for collapse: asks each question about the run's next image. Where the old majority answer is as frequent
+    there, the answers do not come from the picture. Logs its share there; alters no training number."""
     others = []
     for e in asked:
         path, image = stream.load(first_image + e.slot + 1)
@@ -1610,7 +1619,7 @@ class Log:
         if rank() == 0:
             if config.wandb:
                 self.open_wandb()
-            start_run(run, config, last_step)
+            prepare_run(run, config, last_step)  # after wandb: where that fails, the folder is still as it was
             rows = read_jsonl(run / "rollouts.jsonl")
             self.questions.extend(row["question"] for row in rows if row.get("question"))
         start = f"resumed after step {last_step}" if last_step else "from the start"
@@ -1630,7 +1639,7 @@ class Log:
         gathered = gather([self.row(step, e) for e in episodes])
         if rank() != 0:
             return
-        rows = [row for rows_of_rank in gathered for row in rows_of_rank]
+        rows = sum(gathered, [])
         values = defaultdict(list)
         for row in rows:
             for key, value in row.items():
@@ -1641,7 +1650,8 @@ class Log:
         metrics |= {key: statistics.fmean(of_key) for key, of_key in values.items() if of_key}
         metrics["step"] = step
         for role, of_role in stats.items():
-            metrics |= {f"{key}_{role}": value for key, value in of_role.items()}
+            for key, value in of_role.items():
+                metrics[f"{key}_{role}"] = value
         now = time.perf_counter()
         metrics["distinct_questions"] = len(set(self.questions)) / max(len(self.questions), 1)
         metrics["tokens"] = sum(values["tokens"])
@@ -1824,7 +1834,7 @@ def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: fl
              batch_size: int = 32) -> dict:
     """Accuracy on labeled questions: {n, mean_at_n, maj_at_n, greedy, ci95, predictions}. The shares are those of right
     answers among N sampled rollouts, by their majority vote, and by greedy decoding. "ci95" has Wilson's 95 % interval
-    of each, which is conservative for mean@N, whose questions vary less. A prediction is a row with the "texts",
+    of each, too wide for mean@N, since a mean of N varies less than one vote. A prediction is a row with the "texts",
     "votes" and "right" of the N rollouts and, last, of greedy decoding."""
     config = policy.config
     temperature = config.temperature if temperature is None else temperature
@@ -1926,7 +1936,8 @@ def make_parser(name):
     return parser
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 if training had to stop, 2 after one line about bad input."""
+    """Runs one command; returns the exit status: 0; 1 where memory or training failed; 2 after one line about bad
+    input; 128 + the number of a signal that stopped training."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
     status = 0

@@ -17,6 +17,7 @@ import doctest
 import fcntl
 import functools
 import inspect
+import io
 import itertools
 import json
 import math
@@ -1913,7 +1914,7 @@ def test_training_writes_what_the_figures_need(straight_run):
             values = [value for group in asked for value in ir.numbers(group[key], 3)]
             assert row[key] == pytest.approx(fmean(values)), key
 
-def test_a_signal_saves_and_resume_is_bit_for_bit(world, straight_run, tmp_path, capsys):
+def test_a_signal_saves_and_resume_is_bit_for_bit(world, straight_run, tmp_path):
     """Fault 4: the released code loses both adapters when it resumes, and starts the warm-up of lambda again. This run
     also does without the collapse watch, which must not alter a number."""
     def interrupted_solve(policy, asked, step):
@@ -1924,8 +1925,9 @@ def test_a_signal_saves_and_resume_is_bit_for_bit(world, straight_run, tmp_path,
     solve = ir.solve
     with patch.object(ir, "solve", interrupted_solve):
         assert ir.main(flags(train_settings(world, tmp_path, watch_every=0))) == 130
-    assert "after step 4, which is saved" in capsys.readouterr().err
+    assert (tmp_path / "run/step_000004").exists()
     with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write('[1]\n{"step": "x"}\n')  # foreign rows
         file.write('{"step": 5, "torn')  # as if it had been killed while it wrote a row
     run = trained(world, tmp_path, resume=True, watch_every=0)
     assert len(metrics(run)) == 6
@@ -1933,13 +1935,15 @@ def test_a_signal_saves_and_resume_is_bit_for_bit(world, straight_run, tmp_path,
     theirs = adapters(straight_run / "step_000006")
     same(ours, theirs, atol=0, rtol=0)
 
-def test_resume_goes_on_with_the_next_images_also_to_another_length(world, straight_run, tmp_path, monkeypatch):
+def test_resume_goes_on_with_the_next_images_also_to_another_length(
+        world, straight_run, tmp_path, monkeypatch, capsys):
     run = shutil.copytree(straight_run, tmp_path / "run")
     wandb = Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)  # it is optional
     for steps in (7, 8):
         trained(world, tmp_path, total_steps=steps, images_per_rank=5,
                 keep_checkpoints=2, wandb="mine", resume=True)
+    assert capsys.readouterr().out.count("moves lambda(t)") == 2
     assert metrics(run)[:6] == metrics(straight_run)
     images = [Path(row["image"]) for row in ir.read_jsonl(run / "rollouts.jsonl")]
     paths = ir.list_images((world / "images",))
@@ -1972,6 +1976,13 @@ def test_no_model_output_stops_training_and_the_end_tells_if_most_was_useless(wo
     fake_sample(monkeypatch, garbage)
     trained(world, tmp_path, images_per_rank=12, show_every=1, watch_every=1)
     assert "this backbone does not follow solver_prompt" in capsys.readouterr().out
+
+def test_say_takes_any_text_and_any_stdout(monkeypatch):
+    ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii")
+    for stdout in (None, ascii_only):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        ir.say("日\ud800")
+    assert ascii_only.buffer.getvalue() == b"\\u65e5\\ud800\n"
 
 # ---- A reward of one's own, the watch for collapse, tools and bad input ----------------------------------------------
 
