@@ -1459,7 +1459,7 @@ EQUATIONS = NAMES[NAMES.index("answer_distribution"):NAMES.index("group_rewards"
 LIBRARIES = {"Counter", "F", "math", "statistics", "torch"}
 
 @pytest.mark.parametrize("name", EQUATIONS)
-def test_an_equation_needs_libraries_and_at_most_five_more_functions(name):
+def test_an_equation_needs_libraries_and_at_most_six_more_functions(name):
     needed = [name]
     for current in needed:  # grows in the loop
         tree = ast.parse(inspect.getsource(getattr(ir, current)))
@@ -1467,8 +1467,7 @@ def test_an_equation_needs_libraries_and_at_most_five_more_functions(name):
         for other in used.intersection(NAMES).difference(LIBRARIES, needed):
             assert other in EQUATIONS
             needed.append(other)
-    assert len(needed) <= 6
-
+    assert len(needed) <= 7
 
 def test_an_edited_step_agreement_changes_the_reward(monkeypatch):
     def constant(embeddings, group, num_rollouts, *settings):
