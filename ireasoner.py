@@ -207,11 +207,11 @@ def valid_value(f, value):
     types = typing.get_args(f.type) or (f.type,)  # a setting of your own may be float | None
     allowed = f.metadata["allowed"]
     if isinstance(value, numpy.generic):
-        value = value.item()
+        value = value.item()  # numpy.float32(0.5)
     if isinstance(value, Path):
         value = str(value)
     if float in types and type(value) is int:
-        value = float(value)
+        value = float(value)  # --lr 1
     if f.type is tuple:
         parts = value if isinstance(value, (list, tuple)) else [value]
         value = tuple(map(str, parts))
@@ -326,7 +326,7 @@ def step_similarity(embeddings: list[torch.Tensor], group: list[int], min_group:
     """r_ij = sim(e_ij, mu_j) (section 3.2): (|G|, J) with J the longest trace of the group, NaN where rollout i has no
     step j or the position cannot be compared."""
     longest = max((len(embeddings[i]) for i in group), default=0)
-    r_ij = torch.full((len(group), longest), math.nan)
+    r_ij = torch.full((len(group), longest), math.nan)  # (|G|, J)
     for j, mu_j in step_prototypes(embeddings, group, min_group).items():
         for row, i in enumerate(group):
             if j < len(embeddings[i]):
@@ -340,16 +340,16 @@ def position_weights(num_steps: int, decay: float = 0.15) -> torch.Tensor:
 def trajectory_agreement(r_ij: torch.Tensor, decay: float = 0.15) -> torch.Tensor:
     """Eq 4, r_tilde_i = sum_j w_j r_ij: (|G|, J) -> (|G|,). The w_j are normalized to sum to 1 over the positions where
     r_ij is defined [ours], so that it does not grow with the number of steps. 0 where nothing can be compared."""
-    defined = ~r_ij.isnan()
+    defined = ~r_ij.isnan()  # (|G|, J)
     w = position_weights(r_ij.shape[1], decay) * defined  # (|G|, J)
-    weighted = w * r_ij.nan_to_num(0.0)
+    weighted = w * r_ij.nan_to_num(0.0)  # (|G|, J)
     return weighted.sum(dim=1) / w.sum(dim=1).clamp_min(1e-30)
 
 def step_agreement(embeddings: list[torch.Tensor], group: list[int], num_rollouts: int, gamma: float = 0.7,
                    decay: float = 0.15, min_group: int = 2) -> torch.Tensor:
     """Eq 2-4, the intrinsic CoT agreement reward r_step = rho r_tilde of all N rollouts: (N,), finite on any input.
     embeddings[i] is (J_i, d), one row per step; `group` is G. Rollouts outside of G get 0."""
-    r_step = torch.zeros(num_rollouts)
+    r_step = torch.zeros(num_rollouts)  # what is not in G stays 0
     if group:
         rho = group_density(len(group), num_rollouts, gamma)
         r_ij = step_similarity(embeddings, group, min_group)  # (|G|, J)
@@ -360,7 +360,7 @@ def step_agreement(embeddings: list[torch.Tensor], group: list[int], num_rollout
 def leave_one_out_similarity(embeddings: list[torch.Tensor], group: list[int]) -> torch.Tensor:
     """Figure 7, S_ij = sim(e_ij, mean of e_kj over the other members k of the group): (|G|, J), NaN where undefined."""
     longest = max((len(embeddings[i]) for i in group), default=0)
-    s_ij = torch.full((len(group), longest), math.nan)
+    s_ij = torch.full((len(group), longest), math.nan)  # (|G|, J)
     for row, i in enumerate(group):
         others = [k for k in group if k != i]
         for j, mean in step_prototypes(embeddings, others, min_group=1).items():
@@ -390,7 +390,7 @@ def step_reward_weight(step: int, total_steps: int, lam_max: float = 0.7, warmup
     counts from 1 over the whole run, so a resumed run continues the ramp. Schedule "constant": always `lam_max`."""
     if schedule == "constant":
         return lam_max
-    progress = (step / total_steps - warmup_frac) / max(1 - warmup_frac, 1e-9)
+    progress = (step / total_steps - warmup_frac) / max(1 - warmup_frac, 1e-9)  # 1 at the last step
     return lam_max * min(max(progress, 0.0), 1.0)
 
 def mix_rewards(r_ans, r_step, lam: float):
@@ -404,7 +404,7 @@ def reinforce_loss(logprobs: list[torch.Tensor], kl: list[torch.Tensor], advanta
     tokens [ours] or their sum; the KL is the mean over its tokens."""
     losses = []
     for logp, divergence, advantage in zip(logprobs, kl, advantages):
-        log_pi = logp.mean() if reduction == "mean" else logp.sum()
+        log_pi = logp.mean() if reduction == "mean" else logp.sum()  # (T_i,) -> scalar
         losses.append(-advantage * log_pi + beta * divergence.mean())
     return torch.stack(losses).mean()
 
@@ -430,7 +430,7 @@ def advantages(rewards: list[float], baseline: float, kind: str = "ema") -> list
     if kind == "mean":
         return [r - mean for r in rewards]
     sd = statistics.pstdev(rewards)
-    return [(r - mean) / (sd + 1e-3) for r in rewards]
+    return [(r - mean) / (sd + 1e-3) for r in rewards]  # all 0 where all rewards are equal
 
 def update_baseline(baseline: float, mean_reward: float, momentum: float = 0.9) -> float:
     """Eq 7, the EMA baseline: b <- m b + (1 - m) mean(r), after the step that used b. m from the released code."""
@@ -461,7 +461,7 @@ def group_rewards(rollouts: list["Rollout"], embeddings: list[torch.Tensor], lam
     r_step = step_agreement(embeddings, group, n, config.gamma, config.position_decay, config.min_group_size)
     r_step = r_step.tolist()
 
-    r_ans = [0.0] * n
+    r_ans = [0.0] * n  # what an invalid rollout keeps
     for i, a in enumerate(answers):
         if config.answer_reward == "discrete":
             r_ans[i] = float(i in group)
@@ -518,7 +518,9 @@ class Rollout:
         """a_i, the normalized answer; None if the rollout is invalid: no complete <answer>, or an empty one."""
         return normalize_answer(self.answer or "") or None
 
+# The innermost pair: no other tag inside
 _QUESTION_TAG = re.compile(r"<question>((?:(?!</?question>).)*)</question>", re.I | re.S)
+# Leaves out a label such as "**Question 1:**"
 _UNTAGGED_QUESTION = re.compile(r"[\s#>*_-]*(?:question[\s*_\d]{0,9}:[\s*_]*)?(.*?[?？])", re.I)
 
 def parse_question(text: str) -> str | None:
@@ -549,7 +551,7 @@ def parse_rollout(text: str, max_steps: int = 8) -> Rollout:
     """
     answers = list(_ANSWER_TAG.finditer(text))
     if answers:
-        answer = answers[-1][1].strip()
+        answer = answers[-1][1].strip()  # the last one: models correct themselves
         before = text[:answers[-1].start()]
     else:
         answer = None
@@ -584,11 +586,11 @@ def split_steps(think: str, max_steps: int = 8) -> list[str]:
     if labels:
         steps = []
         if labels[0][0] > 1:
-            steps.append(think[:labels[0][1].start()])
+            steps.append(think[:labels[0][1].start()])  # the claim before a first "Step 2"
         ends = [label.start() for _, label in labels[1:]] + [len(think)]
         for (position, label), end in zip(labels, ends):
             while len(steps) < position - 1:
-                steps.append("")
+                steps.append("")  # a number that was left out
             claim = think[label.end():end]
             # Drop the other half of a bold that began in the label: "**Step 1: a**"
             if label[0].count("**") == 1:
@@ -597,7 +599,7 @@ def split_steps(think: str, max_steps: int = 8) -> list[str]:
     else:
         sentences = _SENTENCE_END.split(think)
         claims = [sentence for sentence in sentences if re.search(r"\w", sentence)]
-        steps = [re.sub(r"\A[#>*+•-]+\s", "", claim) for claim in claims]
+        steps = [re.sub(r"\A[#>*+•-]+\s", "", claim) for claim in claims]  # without bullets
     steps = [" ".join(step.split()) if re.search(r"\w", step) else "" for step in steps]
     steps = steps[:max(max_steps, 0)]
     return steps if any(steps) else []
@@ -622,6 +624,7 @@ def find_labels(think):
             return labels
     return []
 
+# Minus signs and hyphens; what has no width disappears
 _FOLDED_CHARACTERS = {**dict.fromkeys(map(ord, "−–‐‑"), "-"), ord("\u200b"): None, ord("\ufeff"): None}
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _NUMBER_WORD = re.compile(rf"(?<![^\W_])(?:{'|'.join(_NUMBER_WORDS)})(?![^\W_])")
@@ -629,6 +632,7 @@ _ARTICLE = re.compile(r"(?:a|an|the)\s+(?!or\b|and\b)")  # but not in "A or B"
 _WRAPPERS = [*((f"\\{name}{{", "}") for name in ("boxed", "text", "textbf", "mathrm", "mathbf")), ("\\(", "\\)"),
              ("\\[", "\\]"), ("(", ")"), ("[", "]"), ("{", "}"), ("“", "”"), ("‘", "’"), ("«", "»"),
              *((mark, mark) for mark in ("**", "__", "$$", "*", "_", "$", "`", '"', "'"))]
+# "-$1,000.50", "$-3", ".5", "12 %", "3km"
 _QUANTITY = re.compile(r"(?P<sign>[+-]?)\s*(?P<currency>[$€£¥₹]?)\s*(?P<late_sign>[+-]?)\s*"
                        r"(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)"
                        r"(?:\s*(?P<percent>%)(?P<rest>.*)|\s*(?P<unit>[^\W\d_].*))?", re.S)
@@ -648,7 +652,7 @@ def normalize_answer(text: str) -> str:
     before = None
     while text != before:  # until nothing changes, since one form may hide another: **$7.$**
         before = text
-        text = re.sub(r"\\([%$])", r"\1", text)
+        text = re.sub(r"\\([%$])", r"\1", text)  # LaTeX writes \% and \$
         text = " ".join(text.split())
         text = unwrap(text).rstrip(" .")
         article = _ARTICLE.match(text)
@@ -664,7 +668,7 @@ def unwrap(text):
             continue
         inner = text[len(left):len(text) - len(right)]
         if left == right:
-            is_pair = left not in inner
+            is_pair = left not in inner  # not '"a" or "b"'
         else:
             opening = left[-1]
             closing = right[-1]
@@ -679,10 +683,10 @@ def normalize_number(text):
     if not match or (match["sign"] and match["late_sign"]):
         return text
     number = Decimal(match["number"].replace(",", ""))
-    digits = format(number, "f")
+    digits = format(number, "f")  # never 1E+3
     if "." in digits:
         digits = digits.rstrip("0").rstrip(".")
-    negative = number and "-" in (match["sign"], match["late_sign"])
+    negative = number and "-" in (match["sign"], match["late_sign"])  # -0 is 0
     sign = "-" if negative else ""
     tail = ""
     if match["percent"]:
@@ -769,14 +773,15 @@ class Policy:
         self.config = config
         self.device = resolve_device(config.device)
         self.hf, self.tokenizer, self.processor = backbone or load_backbone(config, self.device)
-        self.lm_head = self.hf.get_output_embeddings()
+        self.lm_head = self.hf.get_output_embeddings()  # apart: only completions need logits
         self.image_token_id = self.hf.config.image_token_id
         eos = self.hf.generation_config.eos_token_id
-        eos = eos if isinstance(eos, list) else [eos]
+        eos = eos if isinstance(eos, list) else [eos]  # checkpoints have one or several
         self.stop_ids = {self.tokenizer.eos_token_id, *eos} - {None}
         # The Qwen-VL models have positions in time, height and width
         self.has_3d_positions = hasattr(self.hf.model, "get_rope_index")
         arguments = inspect.signature(self.hf.model.forward).parameters
+        # Families name the mask of image tokens differently, or have none
         self.image_mask_name = None
         for name in ("token_type_ids", "mm_token_type_ids"):
             if name in arguments:
@@ -857,7 +862,7 @@ class Policy:
         """The chat template of a turn with one image: what stands before its text, and the token ids behind it."""
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "PROMPT-TEXT-SLOT"}]}
         chat = self.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        head, tail = chat.split("PROMPT-TEXT-SLOT")
+        head, tail = chat.split("PROMPT-TEXT-SLOT")  # the text is tokenized apart
         return head, self.tokenizer(tail, add_special_tokens=False)["input_ids"]
 
     def preprocess(self, image):
@@ -865,7 +870,7 @@ class Policy:
         head, _ = self.template
         if hasattr(self.processor, "tokenizer"):
             bos = self.tokenizer.bos_token
-            add_bos = bool(bos) and not head.startswith(bos)
+            add_bos = bool(bos) and not head.startswith(bos)  # some templates write it themselves
             inputs = self.processor(text=[head], images=[image], return_tensors="pt", add_special_tokens=add_bos)
             ids = inputs["input_ids"][0].tolist()
         else:  # as the processor of the Qwen-VL models does: a placeholder for each visual token
@@ -884,11 +889,12 @@ class Policy:
     def encode(self, image):
         """Runs the vision tower. Each image alone, so that no number depends on the rest of a batch."""
         ids, inputs = self.preprocess(image)
+        # Each family wants other inputs beside the pixels: grids, image sizes
         accepted = inspect.signature(self.hf.model.get_image_features).parameters
         arguments = {name: value for name, value in inputs.items() if name in accepted}
         out = self.hf.model.get_image_features(**arguments, return_dict=True)
         features = {}
-        for name in ("pooler_output", "deepstack_features"):
+        for name in ("pooler_output", "deepstack_features"):  # Qwen3-VL also feeds deeper layers
             if out.get(name) is not None:
                 features[name] = out[name]
         return EncodedImage(ids, features, inputs.get("image_grid_thw"))
@@ -918,9 +924,10 @@ class Policy:
         from transformers.utils import ModelOutput
         rows = [self.prompt_ids(p) for p in prompts]
         longest = max(len(row) for row in rows)
+        # On the left, so that all completions begin in one column
         padded = [[0] * (longest - len(row)) + row for row in rows]
         ids = torch.tensor(padded, device=self.device)  # (B, P)
-        lengths = torch.tensor([[len(row)] for row in rows], device=self.device)
+        lengths = torch.tensor([[len(row)] for row in rows], device=self.device)  # (B, 1)
         columns = torch.arange(longest, device=self.device)
         mask = (columns >= longest - lengths).long()  # (B, P)
         is_image = ((ids == self.image_token_id) & (mask == 1)).int()  # (B, P)
@@ -928,7 +935,7 @@ class Policy:
         if self.image_mask_name:
             more[self.image_mask_name] = is_image
         if self.has_3d_positions:
-            grids = torch.cat([p.image.grid for p in prompts])
+            grids = torch.cat([p.image.grid for p in prompts])  # (B, 3)
             positions, _ = self.hf.model.get_rope_index(
                 ids, mm_token_type_ids=is_image, image_grid_thw=grids, attention_mask=mask)  # (3, B, P)
             # A prompt ends in text, whose time, height and width are equal
@@ -971,8 +978,8 @@ class Policy:
         seeds = seed if isinstance(seed, list) else [derive_seed(seed, i) for i in range(len(prompts))]
         uniforms = uniform_numbers(seeds, num_samples, max_new_tokens).to(self.device)  # (rows, R)
         stop = torch.tensor(sorted(self.stop_ids), dtype=torch.long, device=self.device)
-        finished = torch.zeros(len(uniforms), dtype=torch.bool, device=self.device)
-        token_ids = []
+        finished = torch.zeros(len(uniforms), dtype=torch.bool, device=self.device)  # (rows,)
+        token_ids = []  # each (rows, 1)
         logprobs = []
         with self.adapter(role):
             prompt = self.prefill(self.encode_prompts(prompts))
@@ -992,7 +999,7 @@ class Policy:
                 finished |= torch.isin(tokens[:, 0], stop)
                 if finished.all():
                     break
-        all_ids = torch.cat(token_ids, dim=1).tolist()
+        all_ids = torch.cat(token_ids, dim=1).tolist()  # (rows, R)
         all_logprobs = torch.cat(logprobs, dim=1).cpu()
         completions = [self.completion(ids, logp) for ids, logp in zip(all_ids, all_logprobs)]
         return [completions[i:i + num_samples] for i in range(0, len(completions), num_samples)]
@@ -1000,6 +1007,7 @@ class Policy:
     def completion(self, ids, logprobs):
         """The completion in a row of sampled tokens, which ends with the first end-of-turn token."""
         stops = [t for t, token in enumerate(ids) if token in self.stop_ids]
+        # With the end-of-turn token: to stop is an action too, and is credited
         length = stops[0] + 1 if stops else len(ids)
         text = self.tokenizer.decode(ids[:length], skip_special_tokens=True)
         return Completion(ids[:length], logprobs[:length].clone(), text, finished=bool(stops))
@@ -1036,6 +1044,7 @@ class Policy:
         gradients: P + N R tokens go through the model instead of N (P + R)."""
         lengths = [len(c.token_ids) for c in completions]
         longest = max(lengths)
+        # On the right: no token sees what comes after it
         rows = [c.token_ids + [0] * (longest - len(c.token_ids)) for c in completions]
         ids = torch.tensor(rows, device=self.device)  # (N, R)
         prefill = self.prefill([prompt]).repeat_for_scoring(len(rows), longest - 1)
@@ -1049,7 +1058,7 @@ class Policy:
     def embed_steps(self, steps: list[str]) -> torch.Tensor:
         """f(s) of section 3.2: the l2-normalized sum, so also the mean, of a step's token embeddings: (J, d), CPU."""
         table = self.hf.get_input_embeddings().weight
-        e = torch.zeros(len(steps), table.shape[1])
+        e = torch.zeros(len(steps), table.shape[1])  # (J, d); an empty step stays zero
         for j, step in enumerate(steps):
             ids = self.tokenize(step)[:self.config.embed_max_tokens]
             rows = table[torch.tensor(ids, dtype=torch.long, device=self.device)]
@@ -1068,8 +1077,8 @@ def uniform_numbers(seeds, num_samples, length):
 
 def draw(logp, uniform):
     """Tokens (rows, 1) from log-probabilities (rows, V): inverts the distribution function, in float64."""
-    cdf = logp.double().exp().cumsum(-1)
-    heights = uniform[:, None] * cdf[:, -1:]
+    cdf = logp.double().exp().cumsum(-1)  # (rows, V)
+    heights = uniform[:, None] * cdf[:, -1:]  # its last value is 1 but for rounding
     return torch.searchsorted(cdf, heights, right=True).clamp_max(cdf.shape[-1] - 1)
 
 def concatenate(values):
@@ -1299,6 +1308,7 @@ def list_images(data: tuple[str, ...]) -> tuple[Path, ...]:
     for folder in data:
         paths = []
         for root, subfolders, names in os.walk(folder):
+            # In place, since os.walk goes on with this list
             subfolders[:] = [name for name in subfolders if not name.startswith(".")]
             for name in names:
                 if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
@@ -1343,6 +1353,7 @@ class ImageStream:
             self.epoch = epoch
             rng = random.Random(derive_seed(self.seed, "order", epoch))
             self.order = rng.sample(self.paths, len(self.paths))
+        # An unreadable file is replaced, not left out: every rank needs its image
         for offset in range(len(self.paths)):
             path = self.order[(start + offset) % len(self.paths)]
             try:
@@ -1365,7 +1376,7 @@ def open_run(config):
         if rank() == 0:
             with blame(f"{run}: cannot be made or written. Choose another --output_dir or --run_name"):
                 run.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(open(run / ".lock", "w"))
+                lock = stack.enter_context(open(run / ".lock", "w"))  # a crash frees it
             with blame(f"{run}: another run is writing there. Wait for it, or choose another --run_name"):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         checkpoints = gather(find_checkpoint(run, config) if rank() == 0 else None)
@@ -1375,14 +1386,14 @@ def find_checkpoint(run, config):
     """The checkpoint to continue from, or None to start. Raises UserError rather than touch another run."""
     settings = run / "config.json"
     if not settings.exists():
-        if any(not file.name.startswith(".") for file in run.iterdir()):
+        if any(not file.name.startswith(".") for file in run.iterdir()):  # not our .lock
             raise UserError(f"{run}: holds other files and no run. Choose another --run_name")
         return None
     if not config.resume:
         raise UserError(f"{run}: holds a run already. Add --resume to continue it, or choose another --run_name")
     with blame(f"{settings}: damaged. Choose another --run_name"):
         saved = dict(json.loads(settings.read_text()))
-    here = json.loads(json.dumps(dataclasses.asdict(config)))
+    here = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples are lists, as in the file
     for f in dataclasses.fields(config):
         # A setting that is newer than the run has its default
         there = saved.get(f.name, f.metadata["default"])
@@ -1402,6 +1413,7 @@ def prepare_run(run, config, last_step):
     """Writes the settings, cuts the logs back to the step from which the run continues, and removes leftovers."""
     texts = {"config.json": json.dumps(dataclasses.asdict(config), indent=2) + "\n"}
     for name in ("metrics.jsonl", "rollouts.jsonl"):
+        # Later steps are made again
         rows = [row for row in read_jsonl(run / name) if row.get("step") in range(last_step + 1)]
         texts[name] = "".join(json.dumps(row) + "\n" for row in rows)
     with blame(f"{run}: cannot be written. Make room, or choose another --output_dir"):
@@ -1445,6 +1457,7 @@ def save_checkpoint(run, step, images, policy, learners):
         part.mkdir()
         policy.save(part)
         torch.save(state, part / "trainer_state.pt")
+        # On the disk before the name says that it is complete
         for file in part.rglob("*"):
             if file.is_file():
                 with open(file, "rb") as written:
@@ -1502,9 +1515,11 @@ def train(config: Config, reward: Callable[..., dict] = group_rewards) -> Path:
             lam = step_reward_weight(step, config.total_steps, config.lambda_max, config.warmup_frac,
                                      config.lambda_schedule)
 
+            # The Proposer asks, the Solver answers N times
             episodes = propose(policy, stream, step, images)
             asked = [e for e in episodes if e.question is not None]
             solve(policy, asked, step)
+            # The only reward: agreement of these N rollouts with each other
             for e in asked:
                 embeddings = [policy.embed_steps(rollout.steps) for rollout in e.rollouts]
                 rewards = reward(e.rollouts, embeddings, lam, config, e.question)
@@ -1512,6 +1527,7 @@ def train(config: Config, reward: Callable[..., dict] = group_rewards) -> Path:
             if config.watch_every and step % config.watch_every == 0:
                 ask_about_another_image(policy, asked, stream, step, images)
 
+            # One optimizer step per role, over the rollouts of all ranks
             stats = {}
             stats["solver"] = learners["solver"].update(
                 [Prompt(e.image, solver_prompt(e.question)) for e in asked],
@@ -1594,7 +1610,7 @@ def ask_about_another_image(policy, asked, stream, step, first_image):
     solve(policy, others, step, "another image")
     for e, other in zip(asked, others):
         a_hat, _ = dominant_group([rollout.vote for rollout in e.rollouts])
-        if a_hat and other.path != e.path:
+        if a_hat and other.path != e.path:  # a folder may hold a single image
             agree = [rollout.vote == a_hat for rollout in other.rollouts]
             e.rewards["swapped_agreement"] = statistics.fmean(agree)
 
@@ -1614,7 +1630,7 @@ class Log:
         self.first_step = last_step
         self.started = time.perf_counter()
         self.last_time = self.started
-        self.questions = deque(maxlen=256)
+        self.questions = deque(maxlen=256)  # for distinct_questions
         self.wandb = None
         if rank() == 0:
             if config.wandb:
@@ -1639,10 +1655,11 @@ class Log:
         gathered = gather([self.row(step, e) for e in episodes])
         if rank() != 0:
             return
-        rows = sum(gathered, [])
+        rows = sum(gathered, [])  # in order of rank
         values = defaultdict(list)
         for row in rows:
             for key, value in row.items():
+                # What holds no numbers stays in rollouts.jsonl
                 values[key] += numbers(value, self.config.num_rollouts)
             if row["question"]:
                 self.questions.append(row["question"])
@@ -1844,6 +1861,7 @@ def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: fl
         batch = rows[start:start + batch_size]
         prompts = [Prompt(load_image(row["image"]), solver_prompt(row["question"])) for row in batch]
         prompts = policy.encode_prompts(prompts)
+        # Keyed by the row, so that the batch size changes nothing
         seeds = [derive_seed(config.seed, "eval", start + i) for i in range(len(batch))]
         length = config.max_new_tokens_solver
         sampled = policy.sample(role, prompts, config.num_rollouts, length, temperature, seeds)
@@ -1853,7 +1871,7 @@ def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: fl
             votes = [parse_rollout(text).vote for text in texts]
             answers = {normalize_answer(answer) for answer in row["answers"]}
             right = [vote in answers for vote in votes]
-            a_hat, _ = dominant_group(votes[:-1])
+            a_hat, _ = dominant_group(votes[:-1])  # the last vote is the greedy one
             predictions.append({**row, "texts": texts, "votes": votes, "right": right})
             shares["mean_at_n"].append(statistics.fmean(right[:-1]))
             shares["maj_at_n"].append(float(a_hat in answers))
@@ -1866,7 +1884,7 @@ def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: fl
 
 def wilson_interval(p, n):
     """Wilson's 95 % interval of a share p of n."""
-    z2 = 1.96 ** 2
+    z2 = 1.96 ** 2  # of the normal distribution
     centre = p + z2 / (2 * n)
     half = math.sqrt(z2 * p * (1 - p) / n + (z2 / (2 * n)) ** 2)
     return [(centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)]
@@ -1902,7 +1920,7 @@ def parse_command_line(argv):
     if unknown:
         flag = unknown[0].split("=")[0]
         raise UserError(f"{flag}: no such flag of {name}{nearest(flag, parser._option_string_actions)} See --help")
-    own = vars(arguments)
+    own = vars(arguments)  # flags and arguments alike
     given = {key: own.pop(key) for key in settings if key in own}
     return command, Config(**given), own
 
