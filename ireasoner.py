@@ -19,8 +19,9 @@ Multimodal Models", in one file. One training step:
 
 Order: Config; the paper, Eq 1 to Eq 8, then `group_rewards`, yours to change; parsing; Policy; Learner; ranks, images,
 run folder; `train`; tools. In brackets the source of a choice: a section of the paper, [code] for the authors' released
-code, [ours]. Where that code differs from the paper, this file follows the paper, except for these defaults:
-- Eq 1: a rollout without a complete <answer> is invalid. It counts in N, but never votes, and earns 0.
+code, [ours]. Where that code differs from the paper, this file follows the paper. Where its defaults depart from the
+paper's letter:
+- Eq 1: a rollout without a complete <answer>, or with an empty one, is invalid: it counts in N, never votes, earns 0.
 - g(H) is taken of the valid rollouts' entropy and multiplied by their share; else a question would pay
   best that makes some of the rollouts invalid.
 - Eq 3: a step position that fewer than two traces of G have is left out: one trace always agrees with itself.
@@ -137,9 +138,9 @@ class Config:
     temperature: float = setting(1.0, (1e-3, 100), "sampling temperature, also used for scoring [code]")
     max_new_tokens_proposer: int = setting(128, (1, 65536), "longest question, tokens [code]")
     max_new_tokens_solver: int = setting(256, (1, 65536), "longest solution, tokens [code]")
-    max_pixels: int = setting(802816, (784, 10**8), "larger images are shrunk; 784 pixels are a visual token [ours]")
+    max_pixels: int = setting(802816, (784, 10**8), "Qwen-VL models shrink larger images to so many [ours]")
     # rewards, Eq 1 to 6
-    answer_reward: str = setting("soft", ["soft", "discrete"], "soft: Eq 5, g(H); discrete: 0 or 1, both roles [Tab 1]")
+    answer_reward: str = setting("soft", ["soft", "discrete"], "soft: Eq 5, g(H); discrete: 0 or 1 [Tab 1]")
     alpha: float = setting(0.7, (1e-6, 100), "sharpness of the answer reward, Eq 5 [code]")
     eta: float = setting(0.05, (0, 1), "strength of the length penalty, Eq 5 [code]")
     target_words: int = setting(64, (1, 10**6), "words before the answer that cost nothing, Eq 5 [code]")
@@ -158,7 +159,7 @@ class Config:
     weight_decay: float = setting(0.01, (0, 1), "AdamW weight decay [4.1]")
     grad_clip: float = setting(1.0, (1e-9, 1e9), "largest gradient norm of a role [4.1]")
     logprob_reduction: str = setting("mean", ["mean", "sum"], "log pi of a rollout from its tokens, Eq 7 [ours]")
-    advantage: str = setting("ema", ["ema", "mean", "group"], "Solver: r - EMA baseline; r - mean; GRPO's [4.1]")
+    advantage: str = setting("ema", ["ema", "mean", "group"], "Solver's: r - EMA b [4.1]; r - mean, GRPO's [ours]")
     baseline_momentum: float = setting(0.9, (0, 1), "momentum of the EMA baseline b, Eq 7 [code]")
     kl_coef: float = setting(1e-3, (0, 1e6), "beta at the first step, Eq 8 [code]")
     kl_coef_min: float = setting(1e-3, (0, 1e6), "lower bound of beta, Eq 8 [ours]")
@@ -179,15 +180,19 @@ class Config:
     watch_every: int = setting(25, (0, 10**7), "steps between looks for collapse, 0 for none [ours]", resumable=True)
     wandb: str = setting("", None, "log to this Weights & Biases project; empty: do not [ours]", resumable=True)
 
-    filled: InitVar[dict | None] = None  # what was not given, and the value it got; `dataclasses.replace` passes it on
+    # The settings that nobody set by hand, with their values: `dataclasses.replace` passes all old values on, and those
+    # that are still the filled-in ones follow the new preset
+    filled: InitVar[dict | None] = None
 
     def __post_init__(self, filled: dict | None):
-        of_preset = PRESETS.get(self.preset, {})
+        preset = self.preset
+        if preset is UNSET:
+            preset = self.__dataclass_fields__["preset"].metadata["default"]
+        of_preset = PRESETS.get(preset, {})
         before = filled or {}
         self.filled = {}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            # `replace` passes all old values on: one that is still what was filled in was not set by hand
             if value == before.get(f.name, UNSET):
                 value = of_preset.get(f.name, f.metadata["default"])
                 self.filled[f.name] = value
@@ -274,7 +279,7 @@ def answer_distribution(answers: list[str | None]) -> dict[str, float]:
 
 def answer_entropy(answers: list[str | None]) -> float:
     """H(x, q) = -sum p log p in nats (section 3.1). Each invalid rollout (None) is an outcome of its own with mass
-    1/N, so that garbage never looks like agreement [ours]."""
+    1/N, so that garbage never looks like agreement [ours]. This H is logged; g(H) takes that of the valid rollouts."""
     n = len(answers)
     # An invalid rollout is its own outcome: its number
     outcomes = Counter(i if a is None else a for i, a in enumerate(answers))
@@ -342,7 +347,7 @@ def trajectory_agreement(r_ij: torch.Tensor, decay: float = 0.15) -> torch.Tenso
     r_ij is defined [ours], so that it does not grow with the number of steps. 0 where nothing can be compared."""
     defined = ~r_ij.isnan()  # (|G|, J)
     w = position_weights(r_ij.shape[1], decay) * defined  # (|G|, J)
-    weighted = w * r_ij.nan_to_num(0.0)  # (|G|, J)
+    weighted = w * r_ij.nan_to_num(0.0)
     return weighted.sum(dim=1) / w.sum(dim=1).clamp_min(1e-30)
 
 def step_agreement(embeddings: list[torch.Tensor], group: list[int], num_rollouts: int, gamma: float = 0.7,
@@ -560,7 +565,8 @@ def parse_rollout(text: str, max_steps: int = 8) -> Rollout:
     words = re.sub(r"</?(?:think|answer|step)>", " ", before, flags=re.I).split()
     return Rollout(text, think, split_steps(think, max_steps), answer, len(words))
 
-# Labels of steps, each with its number: "line" matches where it begins a line, perhaps behind markdown
+# Labels of steps, each with its number: "line" is matched by one that begins a line, perhaps behind
+# markdown; a tag counts as one anywhere
 _STEP_TAG = re.compile(r"(?P<line>)<step[^<>]{0,30}>(?:\s*step ?(?P<number>\d{1,3})[:.)-])?", re.I)
 _STEP_WORD = re.compile(
     r"(?:(?P<line>^[ \t#>*_+•-]*(?:\d{1,2}[.)] ?)?)|(?<=\s)(?:\*\*|__)?)step ?#?(?P<number>\d{1,3})(?:\*\*|__)? ?"
@@ -734,7 +740,7 @@ class Scores:
 class Prefill:
     """Prompts in the key/value cache, ready to be continued."""
     cache: object                 # B rows of P tokens, padded on the left
-    mask: torch.Tensor            # (B, P), 1 for real tokens; once repeated (B N, P + R)
+    mask: torch.Tensor            # (B, P), 1 for real tokens; once repeated (rows, P + room)
     next_position: torch.Tensor   # (B,) rotary position of the first completion token
     hidden: torch.Tensor          # (B, d) hidden state that predicts the first completion token
 
@@ -749,9 +755,9 @@ class Prefill:
         from transformers.cache_utils import Cache, StaticLayer
         length = self.mask.shape[1] + room
         layers = []
-        for prompt in self.cache.layers:
+        for once in self.cache.layers:
             layer = StaticLayer(max_cache_len=length)
-            layer.update(prompt.keys.repeat_interleave(n, 0), prompt.values.repeat_interleave(n, 0))
+            layer.update(once.keys.repeat_interleave(n, 0), once.values.repeat_interleave(n, 0))
             layers.append(layer)
         return self.repeat_with(Cache(layers=layers), n, room)
 
@@ -982,8 +988,8 @@ class Policy:
         token_ids = []  # each (rows, 1)
         logprobs = []
         with self.adapter(role):
-            prompt = self.prefill(self.encode_prompts(prompts))
-            rows = prompt.repeat_for_sampling(num_samples, max_new_tokens)
+            prefill = self.prefill(self.encode_prompts(prompts))
+            rows = prefill.repeat_for_sampling(num_samples, max_new_tokens)
             hidden = rows.hidden  # (rows, d)
             for t in range(max_new_tokens):  # rows that have finished go on, and are cut in the end
                 if t > 0:
@@ -1345,15 +1351,14 @@ class ImageStream:
         self.epoch = None
         self.order = []
 
-    def load(self, slot: int) -> tuple[Path, Image.Image]:
-        """Image number `slot`. The next readable file of the epoch takes the place of an unreadable one, the same on
-        any number of ranks."""
-        epoch, start = divmod(slot, len(self.paths))
+    def load(self, index: int) -> tuple[Path, Image.Image]:
+        """Image number `index` of the run. The next readable file of the epoch takes the place of an unreadable one,
+        the same on any number of ranks."""
+        epoch, start = divmod(index, len(self.paths))
         if epoch != self.epoch:
             self.epoch = epoch
             rng = random.Random(derive_seed(self.seed, "order", epoch))
             self.order = rng.sample(self.paths, len(self.paths))
-        # An unreadable file is replaced, not left out: every rank needs its image
         for offset in range(len(self.paths)):
             path = self.order[(start + offset) % len(self.paths)]
             try:
@@ -1444,11 +1449,11 @@ def append_jsonl(path, rows):
     with blame(f"{path}: cannot be written. Make room"), open(path, "a", encoding="utf-8") as file:
         file.write("".join(lines))
 
-def save_checkpoint(run, step, images, policy, learners):
+def save_checkpoint(run, step, images_seen, policy, learners):
     """Writes run/step_NNNNNN aside and then renames it, so that a folder of that name is complete; deletes old ones."""
     folder = run / f"step_{step:06d}"
     part = run / f".{folder.name}.part"
-    state = {"step": step, "images": images}
+    state = {"step": step, "images": images_seen}
     for role, learner in learners.items():
         state[role] = {"beta": learner.beta, "baseline": learner.baseline}
         state[role]["optimizer"] = learner.optimizer.state_dict()
@@ -1505,7 +1510,7 @@ def train(config: Config, reward: Callable[..., dict] = group_rewards) -> Path:
     with open_run(config) as (run, newest), stop_signals() as signals, torch.random.fork_rng(gpus):
         policy = Policy(config)
         learners = {role: Learner(policy, role) for role in ROLES}
-        step, images = load_checkpoint(newest, policy, learners) if newest else (0, 0)
+        step, images_seen = load_checkpoint(newest, policy, learners) if newest else (0, 0)
         log = Log(run, config, step, len(stream.paths))
         stopped = False
         while step < config.total_steps and not stopped:
@@ -1516,7 +1521,7 @@ def train(config: Config, reward: Callable[..., dict] = group_rewards) -> Path:
                                      config.lambda_schedule)
 
             # The Proposer asks, the Solver answers N times
-            episodes = propose(policy, stream, step, images)
+            episodes = propose(policy, stream, step, images_seen)
             asked = [e for e in episodes if e.question is not None]
             solve(policy, asked, step)
             # The only reward: agreement of these N rollouts with each other
@@ -1525,7 +1530,7 @@ def train(config: Config, reward: Callable[..., dict] = group_rewards) -> Path:
                 rewards = reward(e.rollouts, embeddings, lam, config, e.question)
                 e.rewards = valid_rewards(rewards, config.num_rollouts)
             if config.watch_every and step % config.watch_every == 0:
-                ask_about_another_image(policy, asked, stream, step, images)
+                ask_about_another_image(policy, asked, stream, step, images_seen)
 
             # One optimizer step per role, over the rollouts of all ranks
             stats = {}
@@ -1533,18 +1538,19 @@ def train(config: Config, reward: Callable[..., dict] = group_rewards) -> Path:
                 [Prompt(e.image, solver_prompt(e.question)) for e in asked],
                 [e.completions for e in asked],
                 [e.rewards["r_sol"] for e in asked])
+            # From this step's proposals alone: older ones would be off-policy
             if step % config.proposer_every == 0:
                 stats["proposer"] = learners["proposer"].update(
                     [Prompt(e.image, proposer_prompt()) for e in episodes],
                     [[e.proposal] for e in episodes],
                     [[e.rewards["r_prop"]] for e in episodes])
 
-            images += world_size() * config.images_per_rank
+            images_seen += world_size() * config.images_per_rank
             log.write(step, episodes, lam, stats)
             # A signal to any rank stops all of them after the same step
             stopped = all_sum(len(signals))[0] > 0
             if rank() == 0 and (stopped or step % config.save_every == 0 or step == config.total_steps):
-                save_checkpoint(run, step, images, policy, learners)
+                save_checkpoint(run, step, images_seen, policy, learners)
             gather(None)  # no rank goes on or ends before rank 0 has saved
         log.close()
     if step < config.total_steps:
@@ -1614,7 +1620,7 @@ def ask_about_another_image(policy, asked, stream, step, first_image):
             agree = [rollout.vote == a_hat for rollout in other.rollouts]
             e.rewards["swapped_agreement"] = statistics.fmean(agree)
 
-STEP_LINE = ("{step:5d}/{total_steps} | H {entropy:.2f} valid {entropy_valid:.2f} maj {group_size:.1f} "
+STEP_LINE = ("{step:5d}/{total_steps} | H {entropy:.2f} (valid {entropy_valid:.2f}) maj {group_size:.1f} "
              "bad {invalid:.0%} | r_ans {r_ans:.2f} r_step {r_step:.2f} lam {lambda:.2f} r_sol {r_sol:.2f} "
              "r_prop {r_prop:.2f} | KL {kl_solver:.4f} beta {beta_solver:.4f} | {seconds:.2f} s {speed:.0f} tok/s, "
              "left {left}")
@@ -1627,7 +1633,7 @@ class Log:
     def __init__(self, run, config, last_step, num_images):
         self.run = run
         self.config = config
-        self.first_step = last_step
+        self.resumed_after = last_step
         self.started = time.perf_counter()
         self.last_time = self.started
         self.questions = deque(maxlen=256)  # for distinct_questions
@@ -1703,7 +1709,7 @@ class Log:
         """The line of a step and, from time to time, the signs of collapse and the rollouts of one question."""
         config = self.config
         step = metrics["step"]
-        seconds_a_step = (self.last_time - self.started) / (step - self.first_step)
+        seconds_a_step = (self.last_time - self.started) / (step - self.resumed_after)
         left = timedelta(seconds=int(seconds_a_step * (config.total_steps - step)))
         values = defaultdict(lambda: math.nan, metrics)  # "nan" where this step has no such number
         values |= {"total_steps": config.total_steps, "left": left}

@@ -1267,6 +1267,11 @@ def test_a_preset_changes_its_row_and_nothing_else(preset, row):
     expected = dataclasses.asdict(Config()) | row | {"preset": preset}
     assert dataclasses.asdict(Config(preset=preset)) == expected
 
+def test_an_edited_row_of_the_default_preset_takes_effect(monkeypatch):
+    monkeypatch.setitem(ir.PRESETS, "ireasoner", {"gamma": 0.3})
+    assert Config().gamma == 0.3
+    assert dataclasses.replace(Config(), preset="evolmm").gamma == 0.7
+
 def test_a_setting_given_by_hand_wins_over_every_preset():
     config = Config(preset="evolmm", lambda_max=0.7)  # 0.7 is the default, but given
     assert dataclasses.replace(config, preset="step_only").lambda_max == 0.7
