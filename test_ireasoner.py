@@ -947,17 +947,19 @@ PLAIN_MATH = [  # how models write claims -> as `is_plausibly_sound` reads them;
     (r"\bnot (?:an? )?odd\b", "even"),
     (r"\b(?:mod|modulo|div|times|cdot|minus|(?:divided|divisible) by|remainder)\b|[×÷*/]", "%"),  # only sums are judged
     (r"\bplus\b", "+"),
-    (r"\b(?:shows|showing|is|be|being|has|reads|displays|represents|equals|equal to|gives|get|makes)\b|"
+    (r"\b(?:is|be|being|equals|equal to|gives|get|makes)\b|"
      r"\bare(?= (?:all |both )?(?:even|odd))|[:→]", "="),
     (r"\b(?:the|an?|die|dice|of|on|numbers?|values?|faces?|also|both|all|always|will|would|together|we|you|it|this|"
-     r"that|which|result|so|therefore|thus|hence|since)\b", " "),
+     r"that|which|result|so|therefore|thus|hence|since|shows|showing|has|reads|displays|represents)\b", " "),
     (r"[ \t]+", " "),
-    (r"\b(\d+) (?:= )?\1\b", r"\1"),  # "red (3)" or "red is 3", where red was replaced by 3
+    (r"\b(\d+) \1\b", r"\1"),  # "red (3)" or "red shows 3", where red was replaced by 3
+    # "red is 3", but not within "red + blue = 4 + 3", nor "red and blue are 4 + 3"
+    (r"(?<!\+ )(?<!and )\b(\d+) = \1\b|\b(\d+) = \2\b(?! ?\+)", r"\1\2"),
     (r"(\d) (?=\d)", r"\1 = "),  # by another number
     (r"=[\s=]*=", "="),
 ]
 SUM = r"\d+(?: ?\+ ?\d+)*"
-CLAIM = rf"(?<![\d.%-])(?<![%-] )({SUM}(?: ?= ?{SUM})*)(?! ?[%-]|\.?\d)(?:[\s.,;=]*(even|odd)\b)?"
+CLAIM = rf"(?<![\d.%-])(?<![%-] )({SUM}(?: ?= ?{SUM})*)(?! ?[%-]|\.?\d)(?:[ ,;=]*(even|odd)\b)?"
 
 def is_plausibly_sound(text: str, dice: Dice, colors: list[str]) -> bool:
     """A lenient verifier of free text, whose answer is known to be right: every sum, every reading of a die and every
@@ -2481,6 +2483,9 @@ SOUND = [  # about red plus blue plus green, which show 2, 4 and 6; as models wr
     "Adding 2, 4 and 6 together gives 12. 12 / 2 = 6, so it is even.",
     "The dice show 2, 4 and 6. Their total is 12. 12 divided by 2 is 6 with remainder 0.",
     "To tell whether red plus blue plus green is odd or even, add: 2 + 4 + 6 = 12. 12 % 2 = 0",
+    "The sum of blue, red and green is 6 + 2 + 4 = 12.",
+    "blue + red + green = 6 + 2 + 4 = 12",
+    "4 + 2 + 6 = 12. Let's see whether that is odd or even, 12.\nOdd numbers cannot be divided by 2.",
 ]
 UNSOUND = [
     "The red die shows 2, the blue die shows 4 and the green die shows 6.",
