@@ -138,7 +138,7 @@ class Config:
     temperature: float = setting(1.0, (1e-3, 100), "sampling temperature, also used for scoring [code]")
     max_new_tokens_proposer: int = setting(128, (1, 65536), "longest question, tokens [code]")
     max_new_tokens_solver: int = setting(256, (1, 65536), "longest solution, tokens [code]")
-    max_pixels: int = setting(802816, (784, 10**8), "Qwen-VL models shrink larger images to so many [ours]")
+    max_pixels: int = setting(802816, (784, 10**8), "pixels to which Qwen-VL models shrink larger images [ours]")
     # rewards, Eq 1 to 6
     answer_reward: str = setting("soft", ["soft", "discrete"], "soft: Eq 5, g(H); discrete: 0 or 1 [Tab 1]")
     alpha: float = setting(0.7, (1e-6, 100), "sharpness of the answer reward, Eq 5 [code]")
@@ -565,8 +565,8 @@ def parse_rollout(text: str, max_steps: int = 8) -> Rollout:
     words = re.sub(r"</?(?:think|answer|step)>", " ", before, flags=re.I).split()
     return Rollout(text, think, split_steps(think, max_steps), answer, len(words))
 
-# Labels of steps, each with its number: "line" is matched by one that begins a line, perhaps behind
-# markdown; a tag counts as one anywhere
+# Labels of steps, each with its number. The group "line" matches where the label begins a line, perhaps behind
+# markdown; in a tag it always matches
 _STEP_TAG = re.compile(r"(?P<line>)<step[^<>]{0,30}>(?:\s*step ?(?P<number>\d{1,3})[:.)-])?", re.I)
 _STEP_WORD = re.compile(
     r"(?:(?P<line>^[ \t#>*_+•-]*(?:\d{1,2}[.)] ?)?)|(?<=\s)(?:\*\*|__)?)step ?#?(?P<number>\d{1,3})(?:\*\*|__)? ?"
@@ -1084,7 +1084,7 @@ def uniform_numbers(seeds, num_samples, length):
 def draw(logp, uniform):
     """Tokens (rows, 1) from log-probabilities (rows, V): inverts the distribution function, in float64."""
     cdf = logp.double().exp().cumsum(-1)  # (rows, V)
-    heights = uniform[:, None] * cdf[:, -1:]  # its last value is 1 but for rounding
+    heights = uniform[:, None] * cdf[:, -1:]  # the last value of cdf is 1 but for rounding
     return torch.searchsorted(cdf, heights, right=True).clamp_max(cdf.shape[-1] - 1)
 
 def concatenate(values):
@@ -1890,7 +1890,7 @@ def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: fl
 
 def wilson_interval(p, n):
     """Wilson's 95 % interval of a share p of n."""
-    z2 = 1.96 ** 2  # of the normal distribution
+    z2 = 1.96 ** 2  # 95 % of a normal distribution lie within 1.96 deviations
     centre = p + z2 / (2 * n)
     half = math.sqrt(z2 * p * (1 - p) / n + (z2 / (2 * n)) ** 2)
     return [(centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)]

@@ -953,8 +953,7 @@ PLAIN_MATH = [  # how models write claims -> as `is_plausibly_sound` reads them;
      r"that|which|result|so|therefore|thus|hence|since|shows|showing|has|reads|displays|represents)\b", " "),
     (r"[ \t]+", " "),
     (r"\b(\d+) \1\b", r"\1"),  # "red (3)" or "red shows 3", where red was replaced by 3
-    # "red is 3", but not within "red + blue = 4 + 3", nor "red and blue are 4 + 3"
-    (r"(?<!\+ )(?<!and )\b(\d+) = \1\b|\b(\d+) = \2\b(?! ?\+)", r"\1\2"),
+    (r"\b(\d+) = \1\b(?! ?\+)", r"\1"),  # "red is 3", but not "blue + red = 3 + 4"
     (r"(\d) (?=\d)", r"\1 = "),  # by another number
     (r"=[\s=]*=", "="),
 ]
