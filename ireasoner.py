@@ -7,8 +7,7 @@
 A reference implementation of "iReasoner: Trajectory-Aware Intrinsic Reasoning Supervision for Self-Evolving Large
 Multimodal Models", in one file. One training step:
 
-    images    <- a few unlabeled pictures per rank
-    questions <- the Proposer (LoRA adapter 1) asks one question about each picture
+    questions <- the Proposer (LoRA adapter 1) asks one question about each of a few unlabeled pictures
     rollouts  <- the Solver (LoRA adapter 2) answers each question N = 5 times, in numbered steps
     rewards   <- agreement of the answers (Eq 1, 5) and, inside the majority, of the steps (Eq 2-4), mixed by Eq 6
     update    <- KL-regularized REINFORCE against the adapter-free backbone (Eq 7), with one beta per role (Eq 8)
@@ -16,6 +15,8 @@ Multimodal Models", in one file. One training step:
     python ireasoner.py demo                                   # laptop: watch a tiny Qwen2.5-VL improve, no download
     python ireasoner.py --data images                          # one GPU: train Qwen2.5-VL-7B on a folder of images
     torchrun --nproc_per_node=8 ireasoner.py --data images     # one node of eight GPUs
+    python ireasoner.py ask a.png "How many?" --adapter RUN    # the reasoning and the answer of a trained Solver
+    python ireasoner.py eval|report|study|premise|bench --help # accuracy, curves, experiments, speed
 
 To experiment, copy this file, edit the copy and run it: `python mine.py demo`. Order: settings; the paper, Eq 1 to 8,
 and `group_rewards`, where a reward of your own goes; parsing; Policy; Learner; ranks, images, run folder; `train`; the
@@ -24,8 +25,8 @@ command line. Brackets name the source of a choice: a section of the paper, [cod
 
 Where the defaults depart from the paper's letter, and why:
 - Eq 1: a rollout without a complete <answer>, or with an empty one, is invalid: it counts in N, never votes, earns 0.
-- g(H) is taken twice, with invalid rollouts as outcomes and without them; the smaller one, times the share of valid
-  rollouts, pays the Proposer. With either alone, a question that breaks some rollouts could pay more.
+- g(H), with invalid rollouts as outcomes or without, whichever is smaller, is multiplied by the share of valid ones.
+  With either alone, a question that breaks some rollouts could pay the Proposer more.
 - Eq 3: an empty step belongs to no G_j, and a position where |G_j| < 2 is skipped: one trace agrees with itself.
 - Eq 4: the weights w_j sum to 1 over a trace's comparable positions [code]. As printed, the sum grows with the number
   of steps; normalized, it can pay a trace for stopping before the steps that vary most.
@@ -63,18 +64,18 @@ import statistics
 import sys
 import time
 import warnings
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from PIL import Image, ImageOps
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 # A copy of this file under another name is run as `ireasoner` too, so that the tests and the demo import the copy
@@ -82,16 +83,12 @@ if __name__ in ("__main__", "__mp_main__"):
     sys.modules["ireasoner"] = sys.modules[__name__]
 
 class UserError(Exception):
-    """Ends the program with one line: the culprit and the remedy. Exit status 2, or 1 where training had to stop."""
-
-    def __init__(self, message, status=2):
-        super().__init__(message)
-        self.status = status
+    """Ends the program with one line, the culprit and the remedy, and exit status 2."""
 
 @contextlib.contextmanager
 def blame(culprit):
-    """Errors inside the block become a UserError: the culprit, then the library's words. The usual mistakes in code
-    (NameError, TypeError ...) keep their traceback, as does everything under IREASONER_DEBUG=1."""
+    """Errors inside the block become a UserError: the culprit, then the library's words. Mistakes in code (NameError,
+    TypeError ...) keep their traceback, as does everything under IREASONER_DEBUG=1."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError, NameError, AttributeError, TypeError, AssertionError):
@@ -101,7 +98,6 @@ def blame(culprit):
             raise
         words = " ".join(str(error).split())
         raise UserError(f"{culprit} ({type(error).__name__}: {words[:300]})") from error
-
 
 # ---- Settings: one line makes a field of Config, its flag, its --help text, its check and its entry in config.json ---
 
@@ -118,6 +114,7 @@ class Config:
     output_dir: str = setting("runs", None, "folder that holds the run folders [ours]")
     run_name: str = setting("ireasoner_seed{seed}", None, "name of the run folder [ours]")
     resume: bool = setting(False, None, "continue the run, or start it where there is none yet [ours]")
+    dry_run: bool = setting(False, None, "check all that can be checked before the model loads, and end [ours]")
     # loop
     total_steps: int = setting(2500, (1, 999999), "training steps, over which lambda(t) rises [4.1]")
     num_rollouts: int = setting(5, (1, 1024), "N, Solver rollouts per question [4.1]")
@@ -130,6 +127,7 @@ class Config:
     # rewards, Eq 1 to 6
     answer_reward: str = setting("soft", ["soft", "discrete"], "soft: Eq 5, g(H); discrete: 0 or 1 [Tab 1]")
     alpha: float = setting(0.7, (1e-6, 100), "sharpness of the answer reward, Eq 5 [code]")
+    step_similarity: str = setting("cosine", ["cosine", "numbers"], "r_tilde: Eq 3, 4 [4.1]; trace_overlap [ours]")
     eta: float = setting(0.05, (0, 1), "strength of the length penalty, Eq 5 [code]")
     target_words: int = setting(64, (1, 10**6), "words before the answer that cost nothing, Eq 5 [code]")
     gamma: float = setting(0.7, (0, 100), "exponent of the group density rho, Eq 2 [code]")
@@ -174,15 +172,16 @@ class Config:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             allowed = f.metadata["allowed"]
-            if isinstance(allowed, list) and value not in allowed:
-                raise UserError(f"--{f.name} {value}: must be one of {', '.join(allowed)}")
-            if isinstance(allowed, tuple) and not allowed[0] <= value <= allowed[1]:
-                raise UserError(f"--{f.name} {value}: must be from {allowed[0]:g} to {allowed[1]:g}")
+            fits = allowed is None or value in allowed
+            if isinstance(allowed, tuple):
+                fits = allowed[0] <= value <= allowed[1]
+            if not fits:
+                raise UserError(f"--{f.name} {value} ({f.metadata['meaning']}): must be in {allowed}")
         if not self.kl_coef_min <= self.kl_coef <= self.kl_coef_max:
             raise UserError(f"--kl_coef {self.kl_coef:g}: must lie between --kl_coef_min and --kl_coef_max")
 
 # The settings that --resume may change
-MAY_CHANGE = ("data", "output_dir", "run_name", "total_steps", "images_per_rank", "device", "enforce_eager",
+MAY_CHANGE = ("resume", "dry_run", "data", "output_dir", "run_name", "total_steps", "images_per_rank", "device", "enforce_eager",
               "score_rollouts", "save_every", "keep_checkpoints", "show_every", "watch_every", "wandb")
 
 PRESETS = {  # the rows of the paper's tables, for Config(**PRESETS["evolmm"], data="images")
@@ -205,15 +204,13 @@ PRESETS = {name: {"run_name": f"{name}_seed{{seed}}", **row} for name, row in PR
 
 def derive_seed(*keys) -> int:
     """Mixes integers and strings into one seed, the same on every machine; near keys give unrelated seeds."""
-    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
+    return int(hashlib.blake2b(repr(keys).encode(), digest_size=8).hexdigest(), 16) >> 1
 
 # ---- The paper, section 3.1: prompts, the answer distribution (Eq 1), the Proposer's reward --------------------------
 
 def proposer_prompt() -> str:
-    """What the Proposer is asked about every image; `parse_question` reads the reply. Both prompts show dots where the
-    reply goes: copied back they are empty, while a model soon learned to earn full reward by copying a word."""
+    """What the Proposer is asked about every image; `parse_question` reads the reply. The dots of both prompts earn
+    nothing when copied back; a word in their place did, and a real model soon replied nothing else."""
     return ("Look at the image and write one question about it.\n"
             "It must be answerable from the image alone, need several steps of reasoning, and have one short answer.\n"
             "Reply with the question only, in this form:\n"
@@ -227,12 +224,8 @@ def solver_prompt(question: str) -> str:
             "<think>\nStep 1: ...\nStep 2: ...\n</think>\n<answer>...</answer>")
 
 def answer_distribution(answers: list[str | None]) -> dict[str, float]:
-    """Eq 1, p(a|x,q) = count(a) / N over the normalized answers of one question's N rollouts, in order of first
-    appearance. None marks an invalid rollout: it counts in N and votes for nothing [ours].
-
-    >>> answer_distribution(["7", "7", "8", None, "7"])
-    {'7': 0.6, '8': 0.2}
-    """
+    """Eq 1, p(a|x,q) = count(a) / N over the normalized answers of a question's N rollouts, in order of appearance. None
+    marks an invalid rollout: it counts in N and votes for nothing [ours]."""
     counts = Counter(a for a in answers if a is not None)
     return {a: count / len(answers) for a, count in counts.items()}
 
@@ -249,16 +242,11 @@ def entropy_reward(entropy: float, mu: float = 0.90, sigma: float = 0.35) -> flo
     since a question on which all rollouts agree, or none do, teaches nothing."""
     return math.exp(-((entropy - mu) ** 2) / (2 * sigma ** 2))
 
-
 # ---- The paper, section 3.2: agreement of the steps inside the majority group (Eq 2-4, Figure 7) ---------------------
 
 def dominant_group(answers: list[str | None]) -> tuple[str | None, list[int]]:
     """Eq 2, the majority answer a_hat and the rollouts G that gave it. Ties go to the answer seen first; without any
-    valid answer the result is (None, []).
-
-    >>> dominant_group(["8", "7", None, "7", "8"])
-    ('8', [0, 4])
-    """
+    valid answer the result is (None, [])."""
     p = answer_distribution(answers)
     if not p:
         return None, []
@@ -308,6 +296,18 @@ def trajectory_agreement(r_ij: torch.Tensor, decay: float = 0.15) -> torch.Tenso
     weighted = w * r_ij.nan_to_num(0.0)
     return weighted.sum(dim=1) / w.sum(dim=1).clamp_min(1e-30)
 
+def trace_overlap(traces: list[list[str]], group: list[int], pattern: str = r"\d+") -> torch.Tensor:
+    """r_tilde for --step_similarity numbers [ours]: the mean, over the other members k of the group, of the Jaccard
+    index of what `pattern` finds in all steps of i and of k, traces[i] and traces[k], in lower case: (|G|,). 0 where
+    there is nothing to compare."""
+    found = [set(re.findall(pattern, " ".join(traces[i]).lower())) for i in group]
+    r_tilde = torch.zeros(len(group))
+    for row, own in enumerate(found):
+        others = found[:row] + found[row + 1:]
+        for other in others:
+            r_tilde[row] += len(own & other) / max(len(own | other), 1) / len(others)
+    return r_tilde
+
 def step_agreement(r_tilde: torch.Tensor, group: list[int], num_rollouts: int, gamma: float = 0.7) -> torch.Tensor:
     """The intrinsic CoT agreement reward r_step = rho r_tilde (section 3.2) of all N rollouts: (|G|,) -> (N,). `group`
     is G; rollouts outside of it get 0."""
@@ -331,13 +331,11 @@ def depth_disagreement(similarity: torch.Tensor) -> torch.Tensor:
     """Figure 7, D_j = 1 - mean of S_ij over the i that have it: (|G|, J) -> (J,), NaN where none has."""
     return 1 - torch.nanmean(similarity, dim=0)
 
-
 # ---- The paper, section 3.3: rewards (Eq 5, 6) and update (Eq 7, 8) --------------------------------------------------
 
 def length_excess(words: int, target: int = 64) -> float:
     """Eq 5, the normalized excess length: 0 up to `target` words before the answer, 1 from twice as many on [code]."""
-    excess = (words - target) / target
-    return min(max(excess, 0.0), 1.0)
+    return min(max((words - target) / target, 0.0), 1.0)
 
 def answer_reward(p_answer: float, excess: float, alpha: float = 0.7, eta: float = 0.05) -> float:
     """Eq 5, r_ans = p(a_i|x,q)^alpha (1 - eta * excess)."""
@@ -388,10 +386,8 @@ def advantages(rewards: list[float], baseline: float, kind: str = "ema") -> list
     if kind == "ema":
         return [r - baseline for r in rewards]
     mean = statistics.fmean(rewards)
-    if kind == "mean":
-        return [r - mean for r in rewards]
-    sd = statistics.pstdev(rewards)
-    return [(r - mean) / (sd + 1e-3) for r in rewards]  # all 0 where all rewards are equal
+    scale = statistics.pstdev(rewards) + 1e-3 if kind == "group" else 1.0
+    return [(r - mean) / scale for r in rewards]  # all 0 where all rewards are equal
 
 def update_baseline(baseline: float, mean_reward: float, momentum: float = 0.9) -> float:
     """Eq 7, the EMA baseline: b <- m b + (1 - m) mean(r), once a step, after the update that used b [ours]. The
@@ -419,54 +415,43 @@ def group_rewards(rollouts: list["Rollout"], embeddings: list[torch.Tensor], lam
     answers = [rollout.vote for rollout in rollouts]
     valid = [a for a in answers if a is not None]
     p = answer_distribution(answers)  # Eq 1
-    a_hat, group = dominant_group(answers)  # Eq 2
-
+    _, group = dominant_group(answers)  # Eq 2
     r_ij = step_similarity(embeddings, group, config.min_group_size)  # (|G|, J), Eq 3
     r_tilde = trajectory_agreement(r_ij, config.position_decay)  # (|G|,), Eq 4
+    if config.step_similarity == "numbers":
+        r_tilde = trace_overlap([rollout.steps for rollout in rollouts], group)
     r_step = step_agreement(r_tilde, group, n, config.gamma).tolist()  # N
 
     r_ans = [0.0] * n  # what an invalid rollout keeps
     for i, a in enumerate(answers):
-        if a is None:
-            continue
         if config.answer_reward == "discrete":
-            r_ans[i] = float(a == a_hat and len(group) > 1)
-        else:
+            r_ans[i] = float(i in group and len(group) > 1)
+        elif a is not None:
             excess = length_excess(rollouts[i].words_before_answer, config.target_words)
             r_ans[i] = answer_reward(p[a], excess, config.alpha, config.eta)  # Eq 5
     r_sol = [mix_rewards(r_ans[i], r_step[i], lam) for i in range(n)]  # Eq 6
 
-    # g(H) with and without the invalid rollouts as outcomes: no way of breaking a rollout may pay the Proposer [ours]
+    # No way of breaking a rollout may pay the Proposer [ours]
     entropy = answer_entropy(answers)
     entropy_valid = answer_entropy(valid)
     if config.answer_reward == "discrete":
         r_prop = float(1 < len(group) < len(valid))  # some, but not all, valid rollouts agree
     else:
-        g = entropy_reward(entropy, config.entropy_mu, config.entropy_sigma)
-        g_valid = entropy_reward(entropy_valid, config.entropy_mu, config.entropy_sigma)
-        r_prop = min(g, g_valid)
+        r_prop = min(entropy_reward(h, config.entropy_mu, config.entropy_sigma) for h in (entropy, entropy_valid))
     r_prop *= len(valid) / n
 
-    rewards = {"r_sol": r_sol, "r_prop": r_prop, "r_ans": r_ans, "r_step": r_step}
-    rewards |= {"entropy": entropy, "entropy_valid": entropy_valid}
-    rewards |= group_statistics(r_ij, embeddings, group, n, config)
-    return rewards
-
-def group_statistics(r_ij, embeddings, group, num_rollouts, config):
-    """What Figures 3, 5 and 7 show of one question's majority group; only logged."""
-    step_cosine = [None] * num_rollouts
+    # The rest is only logged, for Figures 3, 5 and 7
+    step_cosine = [None] * n
     for i, cosine_i in zip(group, r_ij.nanmean(dim=1).tolist()):
         step_cosine[i] = cosine_i
-    comparable = (~r_ij.isnan()).any(dim=0)
     return {
-        "majority": [i in group for i in range(num_rollouts)],
-        "group_size": len(group),
-        "density": group_density(len(group), num_rollouts, config.gamma) if group else 0.0,
-        "step_cosine": step_cosine,
-        "comparable_steps": int(comparable.sum()),
+        "r_sol": r_sol, "r_prop": r_prop, "r_ans": r_ans, "r_step": r_step,
+        "entropy": entropy, "entropy_valid": entropy_valid,
+        "majority": [i in group for i in range(n)], "group_size": len(group),
+        "density": group_density(len(group), n, config.gamma) if group else 0.0,
+        "step_cosine": step_cosine, "comparable_steps": int(r_ij.isfinite().any(dim=0).sum()),
         "leave_one_out": leave_one_out_similarity(embeddings, group).tolist(),
     }
-
 
 # ---- Parsing: what a model wrote (section 3.1). Nothing here raises, on any text; all of it is linear or quadratic ---
 
@@ -505,18 +490,12 @@ _ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.I | re.S
 
 def parse_rollout(text: str, max_steps: int = 8) -> Rollout:
     """Splits a Solver reply into trace t_i, steps s_ij and answer a_i (section 3.1). The trace is all before the last
-    complete <answer>: models often close <think> after a sentence and number their steps behind it.
-
-    >>> parse_rollout("<think>Step 1: red is 3\\nStep 2: 3 + 4 = 7</think><answer> 7 </answer>").steps
-    ['red is 3', '3 + 4 = 7']
-    """
-    answers = list(_ANSWER_TAG.finditer(text))
-    if answers:
-        answer = answers[-1][1].strip()  # the last one: models correct themselves
-        before = text[:answers[-1].start()]
-    else:
-        answer = None
-        before = re.split("<answer>", text, maxsplit=1, flags=re.I)[0]
+    complete <answer>, since models often close <think> after a sentence and number their steps behind it."""
+    answer = None
+    before = re.split("<answer>", text, maxsplit=1, flags=re.I)[0]
+    for tagged in _ANSWER_TAG.finditer(text):  # the last one counts: models correct themselves
+        answer = tagged[1].strip()
+        before = text[:tagged.start()]
     think = re.sub(r"</?(?:think|answer)>", "\n", before, flags=re.I).strip()
     return Rollout(text, think, split_steps(think, max_steps), answer, len(think.split()))
 
@@ -543,43 +522,33 @@ def split_steps(think: str, max_steps: int = 8) -> list[str]:
     >>> split_steps("Red shows 3. It is odd.")
     ['Red shows 3.', 'It is odd.']
     """
-    labels = find_labels(think)
-    steps = []
-    if labels:
-        if labels[0][0] > 1:
-            steps.append(think[:labels[0][1].start()])  # the claim before a first "Step 2"
-        ends = [label.start() for _, label in labels[1:]] + [len(think)]
-        for (position, label), end in zip(labels, ends):
-            while len(steps) < position - 1:
-                steps.append("")  # a number that was left out
-            steps.append(think[label.end():end])
-    else:
-        unlabeled = _NUMBERED_LINE.sub("", _STEP_LABEL.sub("", think))
-        for sentence in _SENTENCE_END.split(unlabeled):
-            if re.search(r"\w", sentence):
-                steps.append(re.sub(r"\A[#>*+•-]+\s", "", sentence))  # without its bullet
-    steps = [re.sub(r"\*\*(?!\d)", "", step) for step in steps]  # bold, but not 2**3
-    steps = [" ".join(step.split()) if re.search(r"\w", step) else "" for step in steps]
-    steps = steps[:max(max_steps, 0)]
-    return steps if any(steps) else []
-
-def find_labels(think):
-    """(position from 1, match) of each label, of the first kind that numbers at least two steps."""
     for pattern in (_STEP_LABEL, _NUMBERED_LINE):
-        labels = []
-        expected = 1
+        steps = [""]  # steps[j] is step j, steps[0] what stands before the first label
+        begin = 0
         for label in pattern.finditer(think):
             number = int(label["number"])
-            is_next = number == expected or (number == 2 and not labels)
+            expected = len(steps)
+            is_next = number == expected or (number == 2 and expected == 1)
             if label["line"] is None and not is_next:
                 continue  # inside a line only the next number is a label: "as in Step 1: ..." is none
-            # A number that repeats, goes back or leaps is a slip: the next position
-            position = number if expected <= number <= expected + 2 else expected
-            labels.append((position, label))
-            expected = position + 1
-        if expected > 2:
-            return labels
-    return []
+            steps[-1] = think[begin:label.start()]
+            if not expected <= number <= expected + 2:
+                number = expected  # a slip: it repeats, goes back or leaps
+            if expected == 1 and number > 1:
+                steps.insert(0, "")  # what stands before "Step 2" is step 1
+            steps += [""] * (number - len(steps))  # numbers that were left out
+            steps.append("")
+            begin = label.end()
+        steps[-1] = think[begin:]
+        if len(steps) > 2:
+            break
+    else:
+        unlabeled = _NUMBERED_LINE.sub("", _STEP_LABEL.sub("", think))
+        sentences = [sentence for sentence in _SENTENCE_END.split(unlabeled) if re.search(r"\w", sentence)]
+        steps = ["", *(re.sub(r"\A[#>*+•-]+\s", "", sentence) for sentence in sentences)]  # without bullets
+    steps = [re.sub(r"\*\*(?!\d)", "", step) for step in steps[1:max_steps + 1]]  # bold, but not 2**3
+    steps = [" ".join(step.split()) if re.search(r"\w", step) else "" for step in steps]
+    return steps if any(steps) else []
 
 # Minus signs and hyphens, typographic quotes; zero-width characters are dropped
 _FOLDED_CHARACTERS = {**dict.fromkeys(map(ord, "−–‐‑"), "-"), **dict.fromkeys(map(ord, "“”«»"), '"'),
@@ -631,20 +600,15 @@ def normalize_number(text):
         return text
     number = Decimal(match["number"].replace(",", "")).normalize()
     sign = "-" if number and match["sign"] == "-" else ""  # -0 is 0
-    tail = ""
-    if match["percent"]:
-        tail = "%" + match["rest"]
-    elif match["unit"]:
-        tail = " " + match["unit"]
-    return f"{sign}{match['currency']}{number:f}{tail}"  # f: never 1E+3
-
+    percent = "%" if match["percent"] else ""
+    unit = f" {match['unit']}" if match["unit"] else ""
+    return f"{sign}{match['currency']}{number:f}{percent}{match['rest'] or ''}{unit}"  # f: never 1E+3
 
 # ---- Policy: one frozen backbone, two LoRA adapters, one mechanism for sampling, gradient and reference (Eq 7) -------
 
 ROLES = ("solver", "proposer")
 LORA_TARGETS = r".*\.(language|text)_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
-# What clients of an adapter need
-TEXT_FILES = ("*token*", "*vocab*", "*merges*", "*template*", "*processor*")
+TEXT_FILES = "token|vocab|merges|template|processor"  # what clients of an adapter need
 
 @dataclass
 class EncodedImage:
@@ -684,7 +648,6 @@ class Prefill:
     def repeat(self, n, room, new_layer):
         """Every prompt n times in a row, with room for more tokens. `new_layer` makes the layers of the cache. The mask
         covers tokens to come too: the model hides what is not there yet."""
-        from transformers.cache_utils import Cache
         layers = []
         for once in self.cache.layers:
             layer = new_layer()
@@ -692,15 +655,15 @@ class Prefill:
             layers.append(layer)
         mask = F.pad(self.mask, (0, room), value=1).repeat_interleave(n, 0)
         next_position = self.next_position.repeat_interleave(n)
-        return Prefill(Cache(layers=layers), mask, next_position, self.hidden.repeat_interleave(n, 0))
+        cache = transformers.Cache(layers=layers)
+        return Prefill(cache, mask, next_position, self.hidden.repeat_interleave(n, 0))
 
 class Policy:
     """A vision-language model with the adapters "solver" and "proposer" on one frozen backbone. `hf` is the model of
     transformers, into which PEFT has put the adapters, `peft` the PeftModel around it, `stop_ids` the set of
-    end-of-turn token ids.
-    The reference policy of Eq 7 is the same backbone with its adapters off, so it costs no memory and cannot drift.
-    Wherever a role is asked for, None means the reference. (Fine-tuning of all weights would need a second backbone for
-    the reference, and another `add_adapters`, `adapter`, `lora_weights`, `save` and `load`.)"""
+    end-of-turn token ids. The reference policy of Eq 7 is the same backbone with its adapters off: it costs no memory
+    and cannot drift. Wherever a role is asked for, None means the reference. (To train all weights you need a second
+    backbone for the reference, and another `add_adapters`, `adapter`, `lora_weights`, `save` and `load`.)"""
 
     def __init__(self, config, backbone=None):
         """`backbone` is a (model, tokenizer, processor) to use instead of loading `config.model`."""
@@ -711,17 +674,18 @@ class Policy:
         self.image_token_id = self.hf.config.image_token_id
         eos = self.hf.generation_config.eos_token_id  # one or several
         self.stop_ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        # The Qwen-VL models have positions in time, height and width
+        # The Qwen-VL models have positions in time, height and width, and patches in time
         self.has_3d_positions = hasattr(self.hf.model, "get_rope_index")
+        for module in self.hf.modules():
+            if self.has_3d_positions and isinstance(module, torch.nn.Conv3d):
+                module.__class__ = PatchProduct
         # Families name the mask of image tokens differently, or have none
         arguments = inspect.signature(self.hf.model.forward).parameters
         self.image_mask_names = arguments.keys() & {"token_type_ids", "mm_token_type_ids"}
         # A CUDA graph records nothing of a policy on the CPU beside a GPU
         self.captures = not config.enforce_eager and (self.device.type == "cuda" or not torch.cuda.is_available())
-        with blame(f"--model {config.model}: no adapters fit a {self.hf.config.model_type} model"):
-            self.add_adapters()
+        self.add_adapters()
 
-    # ---- adapters
     def add_adapters(self):
         """Puts PEFT's LoRA into the language model's blocks, in float32; the vision tower stays frozen. B starts at
         zero, so both roles start as the reference."""
@@ -729,14 +693,13 @@ class Policy:
         config = self.config
         lora = LoraConfig(target_modules=LORA_TARGETS, r=config.lora_r, lora_alpha=config.lora_alpha,
                           lora_dropout=config.lora_dropout)
-        with torch.random.fork_rng(devices=[]):
-            # A seed of its own, so that every rank starts with the same adapters
-            torch.default_generator.manual_seed(derive_seed(config.seed, "adapters"))
+        torch.manual_seed(derive_seed(config.seed, "adapters"))  # so that every rank starts with the same adapters
+        with blame(f"--model {config.model}: no adapters fit a {self.hf.config.model_type} model"):
             self.peft = get_peft_model(self.hf, lora, adapter_name="solver")
             self.peft.add_adapter("proposer", dataclasses.replace(lora))
+        name = os.path.abspath(config.model) if Path(config.model).is_dir() else config.model
         for adapter_config in self.peft.peft_config.values():
-            is_folder = Path(config.model).is_dir()
-            adapter_config.base_model_name_or_path = os.path.abspath(config.model) if is_folder else config.model
+            adapter_config.base_model_name_or_path = name
 
     @contextlib.contextmanager
     def adapter(self, role):
@@ -763,9 +726,8 @@ class Policy:
         self.peft.save_pretrained(str(folder), selected_adapters=list(ROLES), state_dict=weights,
                                   save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-        source = checkpoint_folder(self.config.model)
-        for pattern in TEXT_FILES:
-            for file in source.glob(pattern):
+        for file in checkpoint_folder(self.config.model).iterdir():
+            if re.search(TEXT_FILES, file.name):
                 for role in ROLES:
                     shutil.copyfile(file, folder / role / file.name)
 
@@ -773,19 +735,18 @@ class Policy:
         """Reads a PEFT adapter folder into a role. Raises UserError if it is damaged or does not fit."""
         from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
         config = self.config
-        scale = adapter_settings(folder)["lora_alpha"] / adapter_settings(folder)["lora_r"]
+        settings = adapter_settings(folder)
         with blame(f"{folder}: does not fit --model {config.model}, or this run's --lora_r or --lora_alpha"):
             new = load_peft_weights(str(folder), device="cpu")
             old = get_peft_model_state_dict(self.peft, adapter_name=role)
-            if {name: w.shape for name, w in new.items()} != {name: w.shape for name, w in old.items()}:
-                raise ValueError("its matrices have other names or shapes")
-            if scale != config.lora_alpha / config.lora_r:
+            if new.keys() != old.keys():  # of other shapes PEFT complains itself
+                raise ValueError("its matrices have other names")
+            if settings["lora_alpha"] / settings["lora_r"] != config.lora_alpha / config.lora_r:
                 raise ValueError("it has another scale lora_alpha / r")
             if not all(w.isfinite().all() for w in new.values()):
                 raise ValueError("it is not finite")
             set_peft_model_state_dict(self.peft, new, adapter_name=role)
 
-    # ---- prompts
     @functools.cached_property
     def template(self):
         """The chat template of a turn with one image: what stands before its text, and the token ids behind it."""
@@ -832,26 +793,24 @@ class Policy:
 
     def prefill(self, prompts):
         """Runs prompts through the active adapter once and keeps their keys and values."""
-        from transformers import DynamicCache
-        from transformers.utils import ModelOutput
-        images = [self.encode(p.image) for p in prompts]
         _, tail = self.template
-        rows = [image.ids + self.tokenize(p.text) + tail for image, p in zip(images, prompts)]
-        longest = max(len(row) for row in rows)
+        images = [self.encode(prompt.image) for prompt in prompts]
+        rows = [torch.tensor(image.ids + self.tokenize(p.text) + tail) for image, p in zip(images, prompts)]
         # On the left, so that all completions begin in one column
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=self.device)  # (B, P)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        ids = pad_sequence(rows, batch_first=True, padding_side="left").to(self.device)  # (B, P)
+        ones = [torch.ones_like(row) for row in rows]
+        mask = pad_sequence(ones, batch_first=True, padding_side="left").to(self.device)
         is_image = ((ids == self.image_token_id) & (mask == 1)).int()  # (B, P)
         positions = self.rotary_positions(images, ids, mask, is_image)  # (B, P) or (3, B, P)
-        image_mask = dict.fromkeys(self.image_mask_names, is_image)
         features = {}
         for name in images[0].features:
             features[name] = concatenate([image.features[name] for image in images])
         # Made without a config, it keeps all keys: layers with a sliding window would drop old ones
-        cache = DynamicCache()
+        cache = transformers.DynamicCache()
         # Image features that are there already, so that the vision tower does not run again
         out = self.hf.model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True,
-                            mm_encoder_outputs={"image": ModelOutput(features)}, **image_mask)
+                            mm_encoder_outputs={"image": transformers.utils.ModelOutput(features)},
+                            **dict.fromkeys(self.image_mask_names, is_image))
         # A prompt ends in text, whose positions in time, height and width are equal
         last = positions.reshape(-1, *ids.shape)[0, :, -1]
         return Prefill(cache, mask, last + 1, out.last_hidden_state[:, -1])
@@ -866,9 +825,8 @@ class Policy:
         return positions
 
     def extend(self, prefill, ids, done=0):
-        """Hidden states (rows, T, d) of `ids` (rows, T), which follow a repeated prefill and `done` tokens after it, a
-        number or a (1,) tensor."""
-        offsets = done + torch.arange(ids.shape[1], device=self.device)
+        """Hidden states (rows, T, d) of `ids` (rows, T), which follow a repeated prefill and `done` tokens after it."""
+        offsets = done + torch.arange(ids.shape[1], device=self.device)  # `done` may be a (1,) tensor
         positions = prefill.next_position[:, None] + offsets  # (rows, T)
         if self.has_3d_positions:
             positions = positions.expand(3, -1, -1)  # text has equal time, height and width
@@ -876,7 +834,6 @@ class Policy:
                             cache=prefill.cache, use_cache=True)
         return out.last_hidden_state
 
-    # ---- sampling and scoring
     @torch.no_grad()
     def sample(self, role: str | None, prompts: list[Prompt], num_samples: int, max_new_tokens: int,
                temperature: float = 1.0, seed: int | list[int] = 0) -> list[list[Completion]]:
@@ -885,7 +842,6 @@ class Policy:
         decodes greedily, with log-probabilities at temperature 1.
         Random numbers are keyed by (seed, prompt, sample). With one seed per prompt, a completion does not depend on
         which other prompts share the batch."""
-        from transformers.cache_utils import StaticLayer
         if not prompts:
             return []
         seeds = seed if isinstance(seed, list) else [derive_seed(seed, i) for i in range(len(prompts))]
@@ -919,7 +875,7 @@ class Policy:
             prefill = self.prefill(prompts)
             length = prefill.mask.shape[1] + max_new_tokens
             # Allocated in full, so that no new token copies the old ones
-            rows = prefill.repeat(num_samples, max_new_tokens, lambda: StaticLayer(max_cache_len=length))
+            rows = prefill.repeat(num_samples, max_new_tokens, lambda: transformers.StaticLayer(length))
             choose(rows.hidden)
             step = on_side_stream(decode)  # plain calls first, as a capture needs
             for count in range(1, max_new_tokens):  # rows that have finished go on, and are cut in the end
@@ -928,25 +884,21 @@ class Policy:
                 if count % 16 == 0 and finished.all():  # seldom, since asking waits for the device
                     break
                 step()
-        all_ids = token_ids.tolist()
-        all_logprobs = logprobs.cpu()
-        completions = [self.completion(ids, logp) for ids, logp in zip(all_ids, all_logprobs)]
+        completions = [self.completion(ids, logp) for ids, logp in zip(token_ids.tolist(), logprobs.cpu())]
         return [completions[i:i + num_samples] for i in range(0, len(completions), num_samples)]
 
     def captured(self, decode):
         """`decode` as a captured step; as it is where capturing is off or has failed."""
-        if self.captures:
-            try:
-                return capture(decode)
-            except RuntimeError as error:
-                self.captures = False
-                print(f"warning: rank {rank()} decodes by plain calls, which is slower, since capturing failed: "
-                      f"{str(error).splitlines()[0]}", file=sys.stderr)
-        return decode
+        try:
+            return capture(decode) if self.captures else decode
+        except RuntimeError as error:
+            self.captures = False
+            words = str(error).splitlines()[0]
+            print(f"warning: rank {rank()} samples by plain calls, slower, as capturing failed: {words}", file=sys.stderr)
+            return decode
 
     def completion(self, ids, logprobs):
-        """The completion in a row of sampled tokens. It keeps its end-of-turn token: stopping is an action of the
-        policy, which earns its share of the reward."""
+        """The completion in a row of sampled tokens. Its end-of-turn token stays: stopping is rewarded like any token."""
         stops = [t for t, token in enumerate(ids) if token in self.stop_ids]
         length = stops[0] + 1 if stops else len(ids)
         text = self.tokenizer.decode(ids[:length], skip_special_tokens=True)
@@ -957,62 +909,51 @@ class Policy:
         """Log-probabilities of sampled completions, conditioned on the image, and their KL to the reference. The role
         stays active, for the backward pass."""
         prompt = Prompt(self.encode(prompt.image), prompt.text)  # once for both passes
-        all_ids = [token for c in completions for token in c.token_ids]
-        token_ids = torch.tensor(all_ids, device=self.device)  # (M,)
         with torch.no_grad(), self.adapter(None):
             ref_hidden = self.completion_hidden(prompt, completions)  # (M, d)
-        hidden = ref_hidden
-        if role is not None:
-            with self.adapter(role):
-                hidden = self.completion_hidden(prompt, completions)  # (M, d)
+        with self.adapter(role):
+            hidden = self.completion_hidden(prompt, completions)  # (M, d)
+        token_ids = torch.tensor([token for c in completions for token in c.token_ids], device=self.device)  # (M,)
         logprobs = []
         kl = []
         # Chunks bound the logits, 512 x 152,000 numbers for Qwen2.5-VL
-        for start in range(0, len(token_ids), 512):
-            chunk = slice(start, start + 512)
+        for chunk in zip(hidden.split(512), ref_hidden.split(512), token_ids.split(512)):
             # `checkpoint` frees the logits at once; the backward pass computes each chunk again
-            chunk_logprobs, chunk_kl = checkpoint(
-                token_statistics, hidden[chunk], ref_hidden[chunk], token_ids[chunk], self.lm_head, temperature,
-                use_reentrant=False)
-            logprobs.append(chunk_logprobs)
-            kl.append(chunk_kl)
+            of_chunk = checkpoint(token_statistics, *chunk, self.lm_head, temperature, use_reentrant=False)
+            logprobs.append(of_chunk[0])
+            kl.append(of_chunk[1])
         lengths = [len(c.token_ids) for c in completions]
         return Scores(list(torch.cat(logprobs).split(lengths)), list(torch.cat(kl).split(lengths)))
 
     def completion_hidden(self, prompt, completions):
         """Hidden states that predict the completions' tokens, (M, d). The prompt is prefilled once for all N, also with
         gradients: P + N R tokens go through the model instead of N (P + R)."""
-        from transformers.cache_utils import DynamicLayer
-        lengths = [len(c.token_ids) for c in completions]
-        longest = max(lengths)
+        rows = [torch.tensor(c.token_ids) for c in completions]
         # On the right: no token sees what comes after it
-        rows = [c.token_ids + [0] * (longest - len(c.token_ids)) for c in completions]
-        ids = torch.tensor(rows, device=self.device)  # (N, R)
+        ids = pad_sequence(rows, batch_first=True).to(self.device)  # (N, R)
         # Layers that grow by concatenation, which passes gradients on to the prompt
-        prefill = self.prefill([prompt]).repeat(len(rows), longest - 1, DynamicLayer)
+        prefill = self.prefill([prompt]).repeat(len(rows), ids.shape[1] - 1, transformers.DynamicLayer)
         hidden = prefill.hidden[:, None]  # (N, 1, d)
-        if longest > 1:
+        if ids.shape[1] > 1:
             later = self.extend(prefill, ids[:, :-1])  # (N, R - 1, d)
             hidden = torch.cat([hidden, later], dim=1)  # (N, R, d)
-        return torch.cat([h[:length] for h, length in zip(hidden, lengths)])
+        return torch.cat([h[:len(row)] for h, row in zip(hidden, rows)])
 
     @torch.no_grad()
     def embed_steps(self, steps: list[str]) -> torch.Tensor:
         """f(s) of section 3.2: the l2-normalized sum, so also the mean, of a step's token embeddings: (J, d), CPU. An
         empty step stays zero."""
         table = self.hf.get_input_embeddings().weight
-        ids = [self.tokenize(step)[:self.config.embed_max_tokens] for step in steps]
-        lengths = [len(ids_of_step) for ids_of_step in ids]
-        rows = table[torch.tensor(sum(ids, []), dtype=torch.long, device=self.device)]
-        e = torch.zeros(len(steps), table.shape[1])
-        for j, rows_of_step in enumerate(rows.float().cpu().split(lengths)):
-            e[j] = rows_of_step.sum(dim=0)
-        return F.normalize(e, dim=-1)
+        e = torch.zeros(len(steps), table.shape[1], device=self.device)
+        for j, step in enumerate(steps):
+            ids = torch.tensor(self.tokenize(step)[:self.config.embed_max_tokens], dtype=torch.long, device=self.device)
+            e[j] = table[ids].float().sum(dim=0)
+        return F.normalize(e, dim=-1).cpu()
 
 def capture(step):
-    """Records one call of `step` as a CUDA graph, without doing its work, and returns the graph's replay. A replay
-    launches all kernels at once, where a call from Python launches some 2,700 a token one by one (7B) and the GPU waits
-    for Python. Tensors must keep their place, and numbers must live in tensors. On the CPU: `step` itself."""
+    """Records one call of `step` as a CUDA graph, without doing its work, and returns the graph's replay. On the CPU it
+    returns `step`. A replay launches all kernels at once; Python launches some 2,700 a token of the 7B one by one, and
+    the GPU waits. `step` must find and leave all in the same tensors, numbers too."""
     if not torch.cuda.is_available():
         return step
     graph = torch.cuda.CUDAGraph()
@@ -1033,8 +974,7 @@ def on_side_stream(step):
     return run
 
 def uniform_numbers(seeds, num_samples, length):
-    """A stream of uniform numbers per completion, (B N, length), float64, keyed by the seed of its prompt and by the
-    number of the sample."""
+    """Uniform numbers, (B N, length), float64: a stream per completion, keyed by its prompt's seed and its number."""
     rows = []
     for seed in seeds:
         for n in range(num_samples):
@@ -1043,8 +983,7 @@ def uniform_numbers(seeds, num_samples, length):
     return torch.stack(rows)
 
 def draw(logp, uniform):
-    """Tokens (rows, 1) from log-probabilities (rows, V) and uniform numbers (rows, 1): inverts the distribution
-    function, in float64."""
+    """Tokens (rows, 1) from log-probabilities (rows, V) and uniform numbers (rows, 1), by the distribution function."""
     cdf = logp.double().exp().cumsum(-1)  # (rows, V)
     heights = uniform * cdf[:, -1:]  # the last value of cdf is 1 but for rounding
     return torch.searchsorted(cdf, heights, right=True).clamp_max(cdf.shape[-1] - 1)
@@ -1068,17 +1007,21 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:N; PyTorch sees {found} GPUs. See README")
     return torch.device(name)
 
+class PatchProduct(torch.nn.Conv3d):
+    """The patch embedding of the Qwen-VL vision towers, whose kernel is a whole patch, as the matrix product that it
+    is: MIOpen (ROCm) crashes on this convolution, and cuDNN takes 10 to 20 times longer."""
+    def forward(self, patches):  # (patches, channels, time, height, width)
+        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+
 def load_backbone(config, device):
     """(model, tokenizer, processor) of a checkpoint, the model frozen; for the Qwen-VL models, the image processor."""
-    import transformers
-    from transformers.utils.versions import require_version
-    transformers.logging.disable_progress_bar()
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     checkpoint_folder(config.model)
     with blame(f"--model {config.model}: not a complete vision-language chat model"):
-        require_version("transformers>=5.24")  # older ones take the argument `cache` and forget it
+        # Older ones take the argument `cache` and forget it
+        transformers.utils.versions.require_version("transformers>=5.24")
         hf, info = transformers.AutoModelForImageTextToText.from_pretrained(
             config.model, dtype=getattr(torch, dtype), output_loading_info=True)
         wrong = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
@@ -1103,24 +1046,20 @@ def load_backbone(config, device):
 
 def checkpoint_folder(model):
     """The folder with a backbone's files: `model` itself, or its place in the Hugging Face Hub's cache."""
-    from transformers.utils import cached_file
-    folder = Path(model)
-    for place in (folder, folder / "solver"):
-        if (place / "adapter_config.json").exists():
-            raise UserError(f"--model {model}: that is an adapter: give it as --adapter, and its backbone as --model")
-    if not folder.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+    if Path(model, "adapter_config.json").exists() or Path(model, "solver").exists():
+        raise UserError(f"--model {model}: that is an adapter: give it as --adapter, and its backbone as --model")
+    if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         raise UserError(f"--model {model}: no such folder")
     with blame(f"--model {model}: no folder of a model here, and not to be had from the Hugging Face Hub"):
-        return Path(cached_file(model, "config.json")).parent
+        return Path(transformers.utils.cached_file(model, "config.json")).parent
 
 def adapter_settings(folder):
     """What a PEFT adapter folder says of its LoRA: the settings that a Policy for it needs. Raises UserError."""
     with blame(f"{folder}: no usable PEFT adapter. Name a step_* folder of a run, or its solver/ folder"):
-        peft = json.loads((folder / "adapter_config.json").read_text())
-        if not isinstance(peft, dict) or any(peft.get(kind) for kind in ("use_rslora", "use_dora", "rank_pattern")):
+        peft = dict(json.loads((folder / "adapter_config.json").read_text()))
+        if peft.get("use_rslora") or peft.get("use_dora") or peft.get("rank_pattern"):
             raise ValueError("a kind of LoRA that does not fit a Policy")
         return {"lora_r": peft["r"], "lora_alpha": peft["lora_alpha"], "model": peft["base_model_name_or_path"]}
-
 
 # ---- Learner: one role's optimizer, baseline and beta (Eq 7, 8) ------------------------------------------------------
 
@@ -1171,14 +1110,14 @@ class Learner:
         if learn:
             kl = self.gradient(prompts, completions, rewards, baseline, count)
             grad_norm = torch.nn.utils.clip_grad_norm_(self.weights, config.grad_clip).item()
-            stats |= {"kl": kl, "beta": self.beta, "grad_norm": grad_norm, "skipped": 0}
-            if not (math.isfinite(grad_norm) and math.isfinite(kl)):  # the same on all ranks
-                self.skips_in_a_row += 1
-                if self.skips_in_a_row == 5:
-                    raise UserError(f"the {self.role}'s loss or gradient was not finite in 5 updates in a row. Look at "
-                                    "metrics.jsonl; lower --lr, or try --dtype float32", status=1)
-                return stats | {"skipped": 1}
-            self.skips_in_a_row = 0
+            finite = math.isfinite(grad_norm) and math.isfinite(kl)  # the same on all ranks
+            stats |= {"kl": kl, "beta": self.beta, "grad_norm": grad_norm, "skipped": int(not finite)}
+            self.skips_in_a_row = 0 if finite else self.skips_in_a_row + 1
+            if self.skips_in_a_row == 5:
+                raise UserError(f"the {self.role}'s loss or gradient was not finite in 5 updates in a row. Look at "
+                                "metrics.jsonl; lower --lr, or try --dtype float32")
+            if not finite:
+                return stats
             self.optimizer.step()
             self.beta = adapt_kl_coef(self.beta, kl, config.kl_target, config.kl_adapt_rate,
                                       config.kl_coef_min, config.kl_coef_max)
@@ -1217,7 +1156,6 @@ class Learner:
                 self.exchange().backward()
         return all_sum(kl_sum.item())[0] / count
 
-
 # ---- Ranks: torchrun starts one process per GPU; every printed or decided number is global ---------------------------
 
 def world_size():
@@ -1226,7 +1164,7 @@ def world_size():
 
 def rank():
     """The number of this process among them; rank 0 prints and writes."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return int(os.environ.get("RANK", 0))
 
 def say(text):
     """Prints a line, once for all ranks."""
@@ -1241,11 +1179,10 @@ def join_ranks(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    patience = timedelta(minutes=10)  # how long a rank may keep the others waiting
-    store, number, size = next(rendezvous("env://", timeout=patience))
+    store, number, size = next(rendezvous("env://"))
     # torchrun keeps its store, with the addresses of dead ranks, over a restart: each attempt has a part of its own
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=patience)
+    dist.init_process_group(backend, store=store, rank=number, world_size=size)
 
 def gather(value):
     """The values of all ranks, in order of rank, on every rank."""
@@ -1261,11 +1198,11 @@ def all_sum(*values):
 def on_rank_zero(function, *arguments):
     """Calls a function on rank 0 alone, while the others wait. All return its result, or raise its UserError."""
     result = None
-    if rank() == 0:
-        try:
+    try:
+        if rank() == 0:
             result = function(*arguments)
-        except UserError as error:
-            result = error
+    except UserError as error:
+        result = error
     result = gather(result)[0]
     if isinstance(result, UserError):
         raise result
@@ -1285,30 +1222,25 @@ def stop_signals():
         for number, handler in old.items():
             signal.signal(number, handler)
 
-
 # ---- Images ----------------------------------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 def list_images(data: tuple[str, ...]) -> list[Path]:
-    """The image files of folders (recursive, none hidden) in a fixed order, each once though folders may overlap. No
-    file is looked at, since a parallel file system takes long over each."""
+    """The image files of folders (recursive, none hidden) in a fixed order, each once though folders may overlap."""
     found = {}
+    real_path = functools.cache(os.path.realpath)  # of folders alone: a parallel file system takes long over each file
     for folder in data:
-        top = os.path.expanduser(folder)  # a quoted ~
-        if not os.path.isdir(top):
+        top = Path(folder).expanduser()  # a quoted ~
+        if not top.is_dir() or not folder:
             raise UserError(f"--data {folder}: is not a folder")
-        places = []
-        for root, subfolders, names in os.walk(top):
-            # In place, since os.walk goes on with this list
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
-            real_root = os.path.realpath(root)
-            places += [(Path(root, name), real_root) for name in images]
-        if not places:
+        say(f"looking for images in {top}")
+        images = [path for path in top.rglob("*")
+                  if path.suffix.lower() in IMAGE_SUFFIXES and "/." not in f"/{path.relative_to(top)}"]
+        if not images:
             raise UserError(f"--data {folder}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
-        for path, real_root in sorted(places):
-            found.setdefault((real_root, path.name), path)
+        for path in sorted(images):
+            found.setdefault((real_path(path.parent), path.name), path)
     return list(found.values())
 
 def load_image(path: Path) -> Image.Image:
@@ -1344,7 +1276,6 @@ def load_next_image(paths: list[Path], seed: int, index: int) -> tuple[Path, Ima
             print(f"warning: skipping {error}", file=sys.stderr)
     raise UserError(f"--data: none of the {len(paths)} image files can be read; see the warnings above")
 
-
 # ---- Run folder: config.json, metrics.jsonl, rollouts.jsonl, step_*/ -------------------------------------------------
 
 @contextlib.contextmanager
@@ -1354,20 +1285,20 @@ def open_run(config):
     if name in ("", ".", "..") or "/" in name or not name.isprintable():
         raise UserError(f"--run_name {name!r}: must be the name of one folder")
     run = Path(config.output_dir, name)
-
-    def lock_and_look():
-        with blame(f"{run}: cannot be made or written. Choose another --output_dir or --run_name"):
-            run.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(run / ".lock", "w"))  # a crash frees it
-        with blame(f"{run}: another run is writing there. Wait for it, or choose another --run_name"):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return find_checkpoint(run, config)
-
     with contextlib.ExitStack() as stack:
-        yield run, on_rank_zero(lock_and_look)
+        yield run, on_rank_zero(lock_and_look, run, config, stack)
 
-def find_checkpoint(run, config):
+def lock_and_look(run, config, stack):
     """The checkpoint to continue from, or None to start. Raises UserError rather than touch another run."""
+    with blame(f"{run}: cannot be made or written. Choose another --output_dir or --run_name"):
+        run.mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context(open(run / ".lock", "w"))  # a crash frees it
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{run}: another run is writing there. Wait for it, or choose another --run_name")
+    except OSError as error:  # as of a Lustre that is mounted without locks
+        say(f"warning: {run}: cannot be locked ({error}). Let no second run write there")
     settings = run / "config.json"
     if not settings.exists():
         if any(not file.name.startswith(".") for file in run.iterdir()):  # not our .lock
@@ -1379,9 +1310,8 @@ def find_checkpoint(run, config):
         saved = dict(json.loads(settings.read_text()))
         saved["data"] = tuple(saved["data"])
     there = {**dataclasses.asdict(Config()), **saved}  # a setting that is newer than the run has its default
-    there["resume"] = True
     for name, here in dataclasses.asdict(config).items():
-        if here == there[name]:
+        if here == there[name] or name in ("resume", "dry_run"):
             continue
         change = f"--{name} {there[name]} there, {here} here"
         if name not in MAY_CHANGE:
@@ -1393,9 +1323,13 @@ def list_checkpoints(run):
     """Complete checkpoints of a run, newest first."""
     return sorted((file.parent for file in run.glob("step_[0-9]*/trainer_state.pt")), reverse=True)
 
-def prepare_run(run, config, last_step):
-    """Writes the settings and removes leftovers. A resumed run makes the steps after its checkpoint again, so their
-    rows are cut off the logs. Returns the questions of the rows that stay."""
+def start_log(run, config, last_step):
+    """Writes the settings. A resumed run makes the steps after its checkpoint again, so their rows are cut off."""
+    if config.wandb:  # first: where it fails, the folder is still as it was
+        with blame(f"--wandb {config.wandb}: cannot be started. Try pip install wandb, or leave the flag out"):
+            import wandb
+            wandb.init(project=config.wandb, name=run.name, id=str(derive_seed(str(run.resolve()))), resume="allow",
+                       config=dataclasses.asdict(config))
     texts = {"config.json": json.dumps(dataclasses.asdict(config), indent=2) + "\n"}
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         rows = [row for row in read_jsonl(run / name) if row.get("step") in range(last_step + 1)]
@@ -1406,9 +1340,6 @@ def prepare_run(run, config, last_step):
             part = run / ".part"
             part.write_text(text, encoding="utf-8")
             part.rename(run / name)
-        for part in run.glob(".step_*.part"):
-            shutil.rmtree(part)
-    return [row["question"] for row in rows if row.get("question")]
 
 def read_jsonl(path):
     """The rows of a log, none if it is missing. What is no row is left out, such as a line that a crash has torn."""
@@ -1422,18 +1353,16 @@ def read_jsonl(path):
 
 def append_jsonl(path, rows):
     """Appends rows to a log; numbers that JSON cannot say (NaN, infinity) become null."""
-    lines = []
-    for row in rows:
-        plain = json.loads(json.dumps(row, default=str), parse_constant=lambda name: None)
-        lines.append(json.dumps(plain) + "\n")
     with blame(f"{path}: cannot be written. Make room"), open(path, "a", encoding="utf-8") as file:
-        file.write("".join(lines))
+        for row in rows:
+            plain = json.loads(json.dumps(row, default=str), parse_constant=lambda name: None)
+            file.write(json.dumps(plain) + "\n")
 
-def save_checkpoint(run, step, images_seen, policy, learners):
+def save_checkpoint(run, progress, policy, learners):
     """Writes run/step_NNNNNN aside and then renames it, so that a folder of that name is complete; deletes old ones."""
-    folder = run / f"step_{step:06d}"
+    folder = run / f"step_{progress['step']:06d}"
     part = run / f".{folder.name}.part"
-    state = {"step": step, "images": images_seen}
+    state = dict(progress)
     for role, learner in learners.items():
         state[role] = {"beta": learner.beta, "baseline": learner.baseline, "optimizer": learner.optimizer.state_dict()}
     with blame(f"{part}: cannot be written. Make room; --resume goes on from the newest checkpoint"):
@@ -1452,7 +1381,7 @@ def save_checkpoint(run, step, images_seen, policy, learners):
             shutil.rmtree(old.rename(run / f".{old.name}.part"))
 
 def load_checkpoint(folder, policy, learners):
-    """Restores adapters and trainer state, unpickling tensors and numbers alone; returns the step and images seen."""
+    """Restores adapters and trainer state, unpickling tensors and numbers alone, and returns it."""
     with blame(f"{folder}: damaged. Delete it to resume from the checkpoint before it"):
         state = torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
         for role, learner in learners.items():
@@ -1460,8 +1389,7 @@ def load_checkpoint(folder, policy, learners):
             learner.beta = state[role]["beta"]
             learner.baseline = state[role]["baseline"]
             learner.optimizer.load_state_dict(state[role]["optimizer"])
-        return int(state["step"]), int(state["images"])
-
+        return state
 
 # ---- Training loop ---------------------------------------------------------------------------------------------------
 
@@ -1478,7 +1406,7 @@ class Episode:
     rewards: dict = field(default_factory=lambda: {"r_prop": 0.0})
     watch: dict = field(default_factory=dict)   # signs of collapse, at some steps
 
-def train(config: Config, reward: Callable[..., dict] = group_rewards) -> Path:
+def train(config: Config, reward=group_rewards) -> Path:
     """Self-evolution on a folder of unlabeled images, the paper's loop. `reward` is called as `group_rewards` is.
     Returns the run folder."""
     device = resolve_device(config.device)
@@ -1487,18 +1415,29 @@ def train(config: Config, reward: Callable[..., dict] = group_rewards) -> Path:
     load_next_image(paths, config.seed, 0)
     checkpoint_folder(config.model)
     join_ranks(device)
-    gpus = [device] if device.type == "cuda" else []
-    with open_run(config) as (run, newest), stop_signals() as signals, torch.random.fork_rng(gpus):
+    with open_run(config) as (run, newest), stop_signals() as signals:
         start = f"resumed after step {int(newest.name[5:])}" if newest else "from the start"
         say(f"{len(paths)} image(s), {config.images_per_rank * world_size()} a step on {world_size()} rank(s); model "
             f"{config.model}; run folder {run}; {start}")
+        if config.dry_run:
+            say(f"--dry_run: nothing was refused; {shutil.disk_usage(run).free / 1e9:.0f} GB are free there")
+            return run
         policy = Policy(config)
         learners = {role: Learner(policy, role) for role in ROLES}
-        step, images_seen = load_checkpoint(newest, policy, learners) if newest else (0, 0)
-        log = Log(run, config, step)
+        progress = {"step": 0, "images_seen": 0, "num_files": len(paths)}
+        if newest:
+            progress = load_checkpoint(newest, policy, learners)
+        if progress["num_files"] != len(paths):
+            say(f"warning: there were {progress['num_files']} images before, so their order changes from here on")
+        step = progress["step"]
+        images_seen = progress["images_seen"]
+        on_rank_zero(start_log, run, config, step)
+        if config.num_rollouts == 1:
+            say("with --num_rollouts 1 nothing can agree, so nothing is learned from agreement")
         stopped = False
         while step < config.total_steps and not stopped:
             step += 1
+            started = time.perf_counter()
             # For LoRA dropout; sampling has keys of its own
             torch.manual_seed(derive_seed(config.seed, step, rank()))
             lam = step_reward_weight(step, config.total_steps, config.lambda_max, config.warmup_frac,
@@ -1530,16 +1469,16 @@ def train(config: Config, reward: Callable[..., dict] = group_rewards) -> Path:
                 learn=step % config.proposer_every == 0)
 
             images_seen += world_size() * config.images_per_rank
-            log.write(step, episodes, lam, stats)
+            rows = sum(gather([log_row(e, step, lam) for e in episodes]), [])  # in order of rank
+            on_rank_zero(log_step, run, config, rows, stats, time.perf_counter() - started)
             # A signal to any rank stops all of them after the same step
             stopped = all_sum(len(signals))[0] > 0
             if stopped or step % config.save_every == 0 or step == config.total_steps:
-                on_rank_zero(save_checkpoint, run, step, images_seen, policy, learners)
+                progress = {"step": step, "images_seen": images_seen, "num_files": len(paths)}
+                on_rank_zero(save_checkpoint, run, progress, policy, learners)
     if step < config.total_steps:
-        # The signal may have reached another rank than this one
-        raise UserError(f"{run}: stopped by a signal after step {step}, which is saved. Add --resume to go on",
-                        status=128 + (signals or [signal.SIGTERM])[0])
-    say(f"{run}/step_{step:06d} holds both adapters")
+        raise UserError(f"{run}: stopped by a signal after step {step}, which is saved. Add --resume to go on")
+    say(f"finished: {run}/step_{step:06d} holds both adapters")
     return run
 
 def propose(policy, paths, step, first_image):
@@ -1580,17 +1519,13 @@ def valid_rewards(rewards, n):
     return plain
 
 def numbers(value, n):
-    """The finite numbers in a number, or in a list of n numbers or None; none in anything else. Of what has numbers,
-    the log writes the mean as a metric."""
+    """The finite numbers in a number or in a list of n values; none in anything else. The log writes their mean."""
     values = value if isinstance(value, list) and len(value) == n else [value]
-    if not all(v is None or isinstance(v, (int, float)) for v in values):
-        return []
-    return [float(v) for v in values if v is not None and math.isfinite(v)]
+    return [float(v) for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
 
 def ask_about_another_image(policy, asked, paths, step, first_image):
-    """Looks for collapse: asks each question about the run's next image too. Logs how often two rollouts of a question
-    agree, and how often one agrees with one about the other image: as often, where no answer comes from the picture.
-    Alters no training number."""
+    """Looks for collapse: asks each question about the run's next image too. Where two rollouts about different images
+    agree as often as two about one, no answer comes from the picture. Alters no training number."""
     config = policy.config
     others = []
     for e in asked:
@@ -1605,122 +1540,85 @@ def ask_about_another_image(policy, asked, paths, step, first_image):
         if other.path != e.path:  # a folder may hold a single image
             e.watch["swapped_agreement"] = sum(c * there[vote] for vote, c in here.items()) / n ** 2
 
+def log_row(e, step, lam):
+    """An episode as a row of rollouts.jsonl."""
+    votes = [rollout.vote for rollout in e.rollouts]
+    own = {
+        "step": step, "lambda": lam, "image": str(e.path),
+        "proposal": e.proposal.text, "question": e.question,
+        "texts": [rollout.text for rollout in e.rollouts],
+        "steps": [rollout.steps for rollout in e.rollouts],
+        "num_steps": [len(rollout.steps) for rollout in e.rollouts],
+        "votes": votes, "invalid": [vote is None for vote in votes],
+        "unfinished": [not c.finished for c in e.completions],
+        "tokens": sum(len(c.token_ids) for c in [e.proposal, *e.completions]),
+    }
+    return join_names(e.rewards, own | e.watch)
+
+def log_step(run, config, rows, stats, seconds):
+    """Writes and prints a step, from the rows of all ranks: metrics are means over them."""
+    values = defaultdict(list)
+    for row in rows:
+        for key, value in row.items():
+            values[key] += numbers(value, config.num_rollouts)
+    means = {key: statistics.fmean(of_key) for key, of_key in values.items() if of_key}
+    own = {"seconds": seconds, "tokens_per_second": sum(values["tokens"]) / seconds}
+    for role, of_role in stats.items():
+        own |= {f"{key}_{role}": value for key, value in of_role.items()}
+    if "pair_agreement" in means:
+        questions = [row.get("question") for row in [*read_jsonl(run / "rollouts.jsonl"), *rows]]
+        latest = [question for question in questions if question][-256:]
+        own["distinct_questions"] = len(set(latest)) / len(latest)
+    metrics = join_names(means, own)
+    append_jsonl(run / "rollouts.jsonl", rows)
+    append_jsonl(run / "metrics.jsonl", [metrics])
+    if config.wandb:
+        sys.modules["wandb"].log(metrics, step=rows[0]["step"])
+    asked = [row for row in rows if row["question"]]
+    if asked:
+        print_step(config, metrics, asked[0])
+    if len(asked) < len(rows):
+        say(f"    {len(rows) - len(asked)} of {len(rows)} proposals held no question, {rows[0]['proposal'][:60]!r}")
+
 # Edit these to print another metric; what a step does not have is "nan"
 STEP_LINE = ("{step:5.0f}/{total_steps} | H {entropy:.2f} (valid {entropy_valid:.2f}) maj {group_size:.1f} "
              "bad {invalid:.0%} | r_ans {r_ans:.2f} r_step {r_step:.2f} lam {lambda:.2f} r_sol {r_sol:.2f} "
-             "r_prop {r_prop:.2f} | KL {kl_solver:.4f} beta {beta_solver:.4f} | {seconds:.2f} s {speed:.0f} tok/s, "
-             "left {left}")
+             "r_prop {r_prop:.2f} | KL {kl_solver:.4f} beta {beta_solver:.4f} | {seconds:.2f} s "
+             "{tokens_per_second:.0f} tok/s, {left:.1f} h left")
 WATCH_LINE = ("    watch: two replies agree {pair_agreement:.0%}, two about different images {swapped_agreement:.0%}; "
               "distinct questions {distinct_questions:.0%}")
 
-class Log:
-    """Prints one line per step and writes metrics.jsonl and rollouts.jsonl (rank 0)."""
-
-    def __init__(self, run, config, last_step):
-        self.run = run
-        self.config = config
-        self.last_time = time.perf_counter()
-        self.wandb = None
-        if config.wandb:
-            on_rank_zero(self.open_wandb)
-        # After wandb: where that fails, the folder is still as it was
-        questions = on_rank_zero(prepare_run, run, config, last_step)
-        self.questions = deque(questions, maxlen=256)  # for distinct_questions
-        if last_step >= config.total_steps:
-            say("this run is finished; a larger --total_steps would go on")
-        if config.num_rollouts == 1:
-            say("with --num_rollouts 1 nothing can agree, so nothing is learned from agreement")
-
-    def open_wandb(self):
-        """Starts the run on Weights & Biases, or continues it."""
-        project = self.config.wandb
-        with blame(f"--wandb {project}: cannot be started. Try pip install wandb, or leave the flag out"):
-            import wandb
-            run_id = str(derive_seed(str(self.run.resolve())))
-            self.wandb = wandb.init(project=project, name=self.run.name, id=run_id, resume="allow",
-                                    config=dataclasses.asdict(self.config))
-
-    def write(self, step, episodes, lam, stats):
-        """Gathers the step's episodes from all ranks; metrics are means over them, whatever the number of ranks."""
-        gathered = gather([self.row(step, e, lam) for e in episodes])
-        rows = sum(gathered, [])  # in order of rank
-        on_rank_zero(self.write_rows, rows, stats)
-
-    def row(self, step, e, lam):
-        """An episode as a row of rollouts.jsonl."""
-        votes = [rollout.vote for rollout in e.rollouts]
-        own = {
-            "step": step,
-            "lambda": lam,
-            "image": str(e.path),
-            "proposal": e.proposal.text,
-            "question": e.question,
-            "no_question": e.question is None,
-            "texts": [rollout.text for rollout in e.rollouts],
-            "steps": [rollout.steps for rollout in e.rollouts],
-            "num_steps": [len(rollout.steps) for rollout in e.rollouts],
-            "votes": votes,
-            "invalid": [vote is None for vote in votes],
-            "unfinished": [not c.finished for c in e.completions],
-            "tokens": sum(len(c.token_ids) for c in [e.proposal, *e.completions]),
-        }
-        return join_names(e.rewards, own | e.watch)
-
-    def write_rows(self, rows, stats):
-        """Writes and prints a step of all ranks."""
-        values = defaultdict(list)
-        for row in rows:
-            for key, value in row.items():
-                values[key] += numbers(value, self.config.num_rollouts)
-        asked = [row for row in rows if row["question"]]
-        self.questions.extend(row["question"] for row in asked)
-        now = time.perf_counter()
-        own = {"tokens_of_step": sum(values["tokens"]), "seconds": now - self.last_time}
-        own["distinct_questions"] = len(set(self.questions)) / max(len(self.questions), 1)
-        for role, of_role in stats.items():
-            own |= {f"{key}_{role}": value for key, value in of_role.items()}
-        self.last_time = now
-        means = {key: statistics.fmean(of_key) for key, of_key in values.items() if of_key}
-        metrics = join_names(means, own)
-        append_jsonl(self.run / "rollouts.jsonl", rows)
-        append_jsonl(self.run / "metrics.jsonl", [metrics])
-        if self.wandb:
-            self.wandb.log(metrics, step=rows[0]["step"])
-        if asked:
-            self.show(metrics, asked[0])
-        if len(asked) < len(rows):
-            say(f"    {len(rows) - len(asked)} of {len(rows)} proposals held no question, {rows[0]['proposal'][:60]!r}")
-
-    def show(self, metrics, row):
-        """The line of a step and, from time to time, the signs of collapse and the rollouts of a question."""
-        total_steps = self.config.total_steps
-        left = timedelta(seconds=int(metrics["seconds"] * (total_steps - metrics["step"])))
-        values = defaultdict(lambda: math.nan, {"total_steps": total_steps, "left": left})
-        values |= {key: round(value, 4) + 0.0 for key, value in metrics.items()}  # + 0.0 makes 0 of -0
-        values["speed"] = metrics["tokens_of_step"] / metrics["seconds"]
-        say(STEP_LINE.format_map(values))
-        if "pair_agreement" in metrics:
-            say(WATCH_LINE.format_map(values))
-        if self.config.show_every and row["step"] % self.config.show_every == 0:
-            say(f"    {row['image']}: {row['question']}")
-            for r_sol, vote, text in zip(row["r_sol"], row["votes"], row["texts"]):
-                say(f"      r_sol {r_sol:.2f}  {vote or '(invalid)'}: {' '.join(text.split())[:160]}")
+def print_step(config, metrics, row):
+    """The line of a step and, from time to time, the signs of collapse and the rollouts of a question."""
+    left = metrics["seconds"] * (config.total_steps - row["step"]) / 3600
+    values = defaultdict(lambda: math.nan, {"total_steps": config.total_steps, "left": left})
+    values |= {key: round(value, 4) + 0.0 for key, value in metrics.items()}  # + 0.0 makes 0 of -0
+    say(STEP_LINE.format_map(values))
+    if "pair_agreement" in metrics:
+        say(WATCH_LINE.format_map(values))
+    if config.show_every and row["step"] % config.show_every == 0:
+        say(f"    {row['image']}: {row['question']}")
+        for r_sol, vote, text in zip(row["r_sol"], row["votes"], row["texts"]):
+            say(f"      r_sol {r_sol:.2f}  {vote or '(invalid)'}: {' '.join(text.split())[:160]}")
 
 def join_names(of_reward, of_log):
     """One dict of both. Raises UserError if a reward of your own uses a name of the log."""
     for name in of_reward.keys() & of_log.keys():
         raise UserError(f"reward: {name!r} is a name of the log. Choose another one")
-    return {**of_reward, **of_log}
-
+    return of_reward | of_log
 
 # ==== The paper ends here. What follows asks a trained Solver and reads the command line ==============================
 
-def ask(settings: dict, image: str, question: str, adapter: str = ""):
-    """One image, one question: prints the reasoning and the answer, decoded greedily. `settings` are those of Config
-    that were given."""
-    picture = load_image(Path(image))
-    policy, role = load_solver(settings, adapter)
-    prompt = Prompt(picture, solver_prompt(question))
+def ask(argv):
+    """One image, one question: prints the reasoning and the answer, decoded greedily."""
+    parser = Parser("ask", ASK_SETTINGS)
+    parser.add_argument("image")
+    parser.add_argument("question")
+    parser.add_argument("--adapter", default="", help="step_* folder of a run; default: the plain backbone")
+    settings, own = parser.read(argv)
+    picture = load_image(Path(own["image"]))
+    policy, role = load_solver(settings, own["adapter"])
+    prompt = Prompt(picture, solver_prompt(own["question"]))
     reply = policy.sample(role, [prompt], 1, policy.config.max_new_tokens_solver, temperature=0.0)[0][0]
     rollout = parse_rollout(reply.text)
     for j, step in enumerate(rollout.steps, 1):
@@ -1743,33 +1641,21 @@ def load_solver(settings, adapter):
 
 ALL_SETTINGS = tuple(f.name for f in dataclasses.fields(Config))
 ASK_SETTINGS = ("model", "max_new_tokens_solver", "max_pixels", "device", "dtype", "enforce_eager")
-COMMANDS = """commands:
-  train     (or none) self-evolution on a folder of unlabeled images
-  ask       one image, one question: the reasoning and the answer of a trained Solver
-  demo      a tiny Qwen2.5-VL improves on a laptop, without a download
-  eval      accuracy on a file of labeled questions
-  report    the curves of runs as a picture
-  study     the demo over rewards and seeds
-  premise   would the step reward pay your backbone for sound reasoning?
-  bench     seconds a step, on random weights
-"""
 
 class Parser(argparse.ArgumentParser):
     """The command line of a command, with a flag for each of some settings. `defaults` are the command's own."""
 
     def __init__(self, command, settings=(), defaults={}):
+        commands = re.search("    python .*?(?=\n\n)", __doc__, re.S)[0]
         super().__init__(
-            prog=f"ireasoner.py {command}", usage="%(prog)s ...", description=COMMANDS, allow_abbrev=False,
+            prog=f"ireasoner.py {command}", usage="%(prog)s ...", description=commands, allow_abbrev=False,
             epilog="sources of defaults: sections [4.1] and tables of the paper, [code] the authors' code, [ours]",
             formatter_class=argparse.RawDescriptionHelpFormatter)
         self.settings = settings
         for f in dataclasses.fields(Config):
-            options = {"type": f.type, "metavar": "X"}
-            if f.type is bool:
-                options = {"action": "store_true"}
-            elif f.type is tuple:
-                options = {"nargs": "+"}
-            elif isinstance(f.metadata["allowed"], list):
+            kinds = {bool: {"action": "store_true"}, tuple: {"nargs": "+"}}
+            options = kinds.get(f.type, {"type": f.type, "metavar": "X"})
+            if isinstance(f.metadata["allowed"], list):
                 options = {"choices": f.metadata["allowed"]}
             if f.name in settings:
                 meaning = f"{f.metadata['meaning']}; default {defaults.get(f.name, f.default)!r}"
@@ -1788,59 +1674,44 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}. See --help")
 
-def run_command(command, *argv):
-    """Reads a command line and runs its command."""
-    if command == "train":
-        settings, _ = Parser(command, ALL_SETTINGS).read(argv)
-        train(Config(**settings))
-    elif command == "ask":
-        parser = Parser(command, ASK_SETTINGS)
-        parser.add_argument("image")
-        parser.add_argument("question")
-        parser.add_argument("--adapter", default="", help="step_* folder of a run; default: the plain backbone")
-        settings, arguments = parser.read(argv)
-        ask(settings, **arguments)
-    else:
-        with blame(f"{command}: no command of ireasoner.py, and test_ireasoner.py with the others cannot be imported"):
-            import test_ireasoner
-        test_ireasoner.run_command(command, *argv)
-
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0; 1 where memory or training failed; 2 after one line about bad
-    input; 128 + the number of a signal that stopped training."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    """Runs one command. Returns the exit status: 0, or 2 after one line that says why it could not go on."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
     sys.stdout.reconfigure(errors="backslashreplace")  # any text, on any terminal
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0].startswith("-"):
         argv = ["train", *argv]
-    status = 0
+    command, *argv = argv
     message = ""
     try:
-        run_command(*argv)
+        if command == "train":
+            settings, _ = Parser("train", ALL_SETTINGS).read(argv)
+            train(Config(**settings))
+        elif command == "ask":
+            ask(argv)
+        else:
+            with blame(f"{command}: not in ireasoner.py, and test_ireasoner.py with more commands cannot be imported"):
+                import test_ireasoner
+            test_ireasoner.run_command(command, argv)
     except UserError as error:
         message = str(error)
-        status = error.status
     except torch.OutOfMemoryError as error:
-        message = (f"out of memory ({str(error).splitlines()[0]}). Lower --score_rollouts, --images_per_rank, "
-                   "--num_rollouts or --max_pixels")
-        status = 1
+        message = f"{str(error).splitlines()[0]} Lower --score_rollouts, --images_per_rank or --max_pixels"
     except KeyboardInterrupt:
         message = "interrupted"
-        status = 130
-    if message and speaks_for_all():
-        print(f"ireasoner: {message}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        # Without the usual farewell, in which threads of gloo abort one interpreter in fifty
-        sys.stdout.flush()
-        os._exit(status)
-    return status
-
-def speaks_for_all():
-    """Whether this rank prints an error: the first to fail does; before the ranks have joined, the first of a node."""
+    status = 2 if message else 0
     if not dist.is_initialized():
-        return os.environ.get("LOCAL_RANK", "0") == "0"
-    return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+        # What is refused before the ranks have joined, the first of each node says
+        if message and os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"ireasoner: {message}", file=sys.stderr)
+        return status
+    # The first rank to fail speaks for all
+    if message and dist.distributed_c10d._get_default_store().add("failures", 1) == 1:
+        print(f"ireasoner: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)  # threads of gloo abort one interpreter in fifty that ends in the usual way
 
 if __name__ == "__main__":
     sys.exit(main())
