@@ -100,7 +100,6 @@ def blame(culprit):
         raise UserError(f"{culprit} ({type(error).__name__}: {words[:300]})") from error
 
 # ---- Settings: one line makes a field of Config, its flag, its --help text, its check and its entry in config.json ---
-
 def setting(default, allowed, meaning):
     """A field of Config. `allowed`: inclusive (low, high), a list of words, or None."""
     return field(default=default, metadata={"allowed": allowed, "meaning": meaning})
@@ -144,7 +143,7 @@ class Config:
     lr: float = setting(1e-6, (1e-15, 1), "AdamW learning rate [4.1]")
     weight_decay: float = setting(0.01, (0, 1), "AdamW weight decay [4.1]")
     grad_clip: float = setting(1.0, (1e-9, 1e9), "largest gradient norm of a role [4.1]")
-    logprob_reduction: str = setting("mean", ["mean", "sum"], "log pi and KL of a rollout from its tokens, Eq 7 [code]")
+    logprob_reduction: str = setting("mean", ["mean", "sum"], "log pi and KL of a rollout, from its tokens [code]")
     advantage: str = setting("ema", ["ema", "mean", "group"], "Solver's: r - EMA b [4.1]; r - mean, GRPO's [ours]")
     baseline_momentum: float = setting(0.9, (0, 1), "momentum of the EMA baseline b, Eq 7 [code]")
     kl_coef: float = setting(1e-3, (0, 1e6), "beta at the first step, Eq 8 [code]")
@@ -181,7 +180,7 @@ class Config:
             raise UserError(f"--kl_coef {self.kl_coef:g}: must lie between --kl_coef_min and --kl_coef_max")
 
 # The settings that --resume may change
-MAY_CHANGE = ("resume", "dry_run", "data", "output_dir", "run_name", "total_steps", "images_per_rank", "device", "enforce_eager",
+MAY_CHANGE = ("data", "output_dir", "run_name", "total_steps", "images_per_rank", "device", "enforce_eager",
               "score_rollouts", "save_every", "keep_checkpoints", "show_every", "watch_every", "wandb")
 
 PRESETS = {  # the rows of the paper's tables, for Config(**PRESETS["evolmm"], data="images")
@@ -207,7 +206,6 @@ def derive_seed(*keys) -> int:
     return int(hashlib.blake2b(repr(keys).encode(), digest_size=8).hexdigest(), 16) >> 1
 
 # ---- The paper, section 3.1: prompts, the answer distribution (Eq 1), the Proposer's reward --------------------------
-
 def proposer_prompt() -> str:
     """What the Proposer is asked about every image; `parse_question` reads the reply. The dots of both prompts earn
     nothing when copied back; a word in their place did, and a real model soon replied nothing else."""
@@ -224,8 +222,8 @@ def solver_prompt(question: str) -> str:
             "<think>\nStep 1: ...\nStep 2: ...\n</think>\n<answer>...</answer>")
 
 def answer_distribution(answers: list[str | None]) -> dict[str, float]:
-    """Eq 1, p(a|x,q) = count(a) / N over the normalized answers of a question's N rollouts, in order of appearance. None
-    marks an invalid rollout: it counts in N and votes for nothing [ours]."""
+    """Eq 1, p(a|x,q) = count(a) / N over the normalized answers of a question's N rollouts, in order of appearance.
+    None marks an invalid rollout: it counts in N and votes for nothing [ours]."""
     counts = Counter(a for a in answers if a is not None)
     return {a: count / len(answers) for a, count in counts.items()}
 
@@ -243,7 +241,6 @@ def entropy_reward(entropy: float, mu: float = 0.90, sigma: float = 0.35) -> flo
     return math.exp(-((entropy - mu) ** 2) / (2 * sigma ** 2))
 
 # ---- The paper, section 3.2: agreement of the steps inside the majority group (Eq 2-4, Figure 7) ---------------------
-
 def dominant_group(answers: list[str | None]) -> tuple[str | None, list[int]]:
     """Eq 2, the majority answer a_hat and the rollouts G that gave it. Ties go to the answer seen first; without any
     valid answer the result is (None, [])."""
@@ -332,7 +329,6 @@ def depth_disagreement(similarity: torch.Tensor) -> torch.Tensor:
     return 1 - torch.nanmean(similarity, dim=0)
 
 # ---- The paper, section 3.3: rewards (Eq 5, 6) and update (Eq 7, 8) --------------------------------------------------
-
 def length_excess(words: int, target: int = 64) -> float:
     """Eq 5, the normalized excess length: 0 up to `target` words before the answer, 1 from twice as many on [code]."""
     return min(max((words - target) / target, 0.0), 1.0)
@@ -397,8 +393,8 @@ def update_baseline(baseline: float, mean_reward: float, momentum: float = 0.9) 
 def adapt_kl_coef(beta: float, kl: float, target: float = 0.02, rate: float = 0.10, beta_min: float = 1e-3,
                   beta_max: float = 1.0) -> float:
     """Eq 8, beta <- clip(beta exp(eta (KL - tau) / tau), beta_min, beta_max), finite for any KL; NaN changes nothing.
-    The bounds are ours: the rule is an integrator, and with the released code's wide bounds beta falls while the KL is
-    small, reacts too late when it rises, and then overshoots."""
+    The bounds are ours. The rule is an integrator: with the released code's wide ones beta falls while the KL is small,
+    reacts too late when it rises, and then overshoots."""
     exponent = rate * (kl - target) / target
     if math.isnan(exponent):
         exponent = 0.0
@@ -407,10 +403,10 @@ def adapt_kl_coef(beta: float, kl: float, target: float = 0.02, rate: float = 0.
 
 def group_rewards(rollouts: list["Rollout"], embeddings: list[torch.Tensor], lam: float, config: Config,
                   question: str = "") -> dict:
-    """All rewards of one question, from its N parsed rollouts and their step embeddings, (J_i, d) each, at lambda(t).
-    YOUR REWARD HERE, or in a function of your own for `train(config, reward=...)`. "r_sol", a list of N numbers, trains
-    the Solver and "r_prop", a number, the Proposer. All else is only logged: everything in rollouts.jsonl, and numbers
-    and lists of N numbers (None allowed) also as their mean in metrics.jsonl."""
+    """YOUR REWARD HERE, or in a function of your own for `train(config, reward=...)`: all rewards of one question, from
+    its N parsed rollouts and their step embeddings, (J_i, d) each, at lambda(t). "r_sol", a list of N numbers, trains
+    the Solver and "r_prop", a number, the Proposer. All else is logged: as it is in rollouts.jsonl, numbers and lists
+    of N numbers (None allowed) also as their mean in metrics.jsonl."""
     n = len(rollouts)
     answers = [rollout.vote for rollout in rollouts]
     valid = [a for a in answers if a is not None]
@@ -454,7 +450,6 @@ def group_rewards(rollouts: list["Rollout"], embeddings: list[torch.Tensor], lam
     }
 
 # ---- Parsing: what a model wrote (section 3.1). Nothing here raises, on any text; all of it is linear or quadratic ---
-
 @dataclass
 class Rollout:
     """One Solver reply, parsed."""
@@ -511,9 +506,9 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n\s*")
 def split_steps(think: str, max_steps: int = 8) -> list[str]:
     """The numbered claims of a trace, in order, at most `max_steps` (section 3.2: s_i1 ... s_iJ).
     Reads `Step 1:` and its like, else the numbered lines `1.` or `1)`, where a trace has two of a kind; else its
-    sentences. Lines that follow a label belong to its step. The label decides the position, so that step j of one
-    trace stands beside step j of another; a step that is empty or missing is "". What stands before `Step 1` is
-    dropped, but what stands before a first `Step 2` is step 1, since the prompt may have written that label.
+    sentences. The label decides the position, so that step j of one trace stands beside step j of another; a step that
+    is empty or missing is "". What stands before `Step 1` is dropped, but what stands before a first `Step 2` is step
+    1: models take over the label from the prompt.
 
     >>> split_steps("I look first.\\n**Step 1:** 3.5 is\\n  the height\\n2) so\\nstep 2 - it fits")
     ['3.5 is the height 2) so', 'it fits']
@@ -544,8 +539,8 @@ def split_steps(think: str, max_steps: int = 8) -> list[str]:
             break
     else:
         unlabeled = _NUMBERED_LINE.sub("", _STEP_LABEL.sub("", think))
-        sentences = [sentence for sentence in _SENTENCE_END.split(unlabeled) if re.search(r"\w", sentence)]
-        steps = ["", *(re.sub(r"\A[#>*+•-]+\s", "", sentence) for sentence in sentences)]  # without bullets
+        sentences = _SENTENCE_END.split(unlabeled)
+        steps = ["", *(re.sub(r"\A[#>*+•-]+\s", "", s) for s in sentences if re.search(r"\w", s))]  # without bullets
     steps = [re.sub(r"\*\*(?!\d)", "", step) for step in steps[1:max_steps + 1]]  # bold, but not 2**3
     steps = [" ".join(step.split()) if re.search(r"\w", step) else "" for step in steps]
     return steps if any(steps) else []
@@ -570,10 +565,9 @@ _QUANTITY = re.compile(r"(?P<sign>[+-]?)\s*(?P<currency>[$€£¥₹]?)\s*"
 
 def normalize_answer(text: str) -> str:
     """Folds the ways of writing one answer into one string, for voting (Eq 1). Idempotent on any string.
-    Case, white space, surrounding quotes, brackets, markdown and LaTeX, a trailing full stop, thousands separators and
-    Unicode minus signs are folded. Numbers equal in value become equal, and zero to twelve in words are numbers; a unit
-    may touch its number; a leading article is dropped. A sign, a decimal point, a percent or currency sign keep their
-    meaning, and brackets around a comma: (1,200) is a pair.
+    Case, white space, quotes, brackets, markdown and LaTeX around it, a trailing full stop, thousands separators and a
+    leading article are folded. Numbers equal in value become equal, zero to twelve in words are numbers, a unit may
+    touch its number. Signs, decimal points, percent and currency signs keep their meaning; (1,200) is a pair.
 
     >>> [normalize_answer(a) for a in ("**7.0**", "$7$", "-5", "5 %", ".50", "1,000km", "(B).", "The cat", "Seven")]
     ['7', '7', '-5', '5%', '0.5', '1000 km', 'b', 'cat', '7']
@@ -605,7 +599,6 @@ def normalize_number(text):
     return f"{sign}{match['currency']}{number:f}{percent}{match['rest'] or ''}{unit}"  # f: never 1E+3
 
 # ---- Policy: one frozen backbone, two LoRA adapters, one mechanism for sampling, gradient and reference (Eq 7) -------
-
 ROLES = ("solver", "proposer")
 LORA_TARGETS = r".*\.(language|text)_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 TEXT_FILES = "token|vocab|merges|template|processor"  # what clients of an adapter need
@@ -660,10 +653,9 @@ class Prefill:
 
 class Policy:
     """A vision-language model with the adapters "solver" and "proposer" on one frozen backbone. `hf` is the model of
-    transformers, into which PEFT has put the adapters, `peft` the PeftModel around it, `stop_ids` the set of
-    end-of-turn token ids. The reference policy of Eq 7 is the same backbone with its adapters off: it costs no memory
-    and cannot drift. Wherever a role is asked for, None means the reference. (To train all weights you need a second
-    backbone for the reference, and another `add_adapters`, `adapter`, `lora_weights`, `save` and `load`.)"""
+    transformers with PEFT's adapters in it, `peft` the PeftModel around it, `stop_ids` the set of end-of-turn token
+    ids. The reference policy of Eq 7 is the same backbone with its adapters off; it costs no memory and cannot drift.
+    As a role, None means the reference. (To train all weights you would need a second backbone.)"""
 
     def __init__(self, config, backbone=None):
         """`backbone` is a (model, tokenizer, processor) to use instead of loading `config.model`."""
@@ -719,7 +711,7 @@ class Policy:
         """A role's trainable parameters, whether it is active or not."""
         return [weight for name, weight in self.hf.named_parameters() if f".{role}." in name]
 
-    def save(self, folder: Path):
+    def save(self, folder):
         """Writes folder/solver and folder/proposer, PEFT adapters with the backbone's tokenizer and processor files,
         copied byte for byte, since what one version of transformers writes may not load in an older one."""
         weights = {name: w.detach().cpu() for name, w in self.peft.named_parameters() if ".lora_" in name}
@@ -731,7 +723,7 @@ class Policy:
                 for role in ROLES:
                     shutil.copyfile(file, folder / role / file.name)
 
-    def load(self, role: str, folder: Path):
+    def load(self, role, folder):
         """Reads a PEFT adapter folder into a role. Raises UserError if it is damaged or does not fit."""
         from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
         config = self.config
@@ -797,10 +789,10 @@ class Policy:
         images = [self.encode(prompt.image) for prompt in prompts]
         rows = [torch.tensor(image.ids + self.tokenize(p.text) + tail) for image, p in zip(images, prompts)]
         # On the left, so that all completions begin in one column
-        ids = pad_sequence(rows, batch_first=True, padding_side="left").to(self.device)  # (B, P)
-        ones = [torch.ones_like(row) for row in rows]
-        mask = pad_sequence(ones, batch_first=True, padding_side="left").to(self.device)
-        is_image = ((ids == self.image_token_id) & (mask == 1)).int()  # (B, P)
+        ids = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=-1).to(self.device)  # (B, P)
+        mask = (ids >= 0).long()
+        is_image = (ids == self.image_token_id).int()
+        ids = ids.clamp_min(0)
         positions = self.rotary_positions(images, ids, mask, is_image)  # (B, P) or (3, B, P)
         features = {}
         for name in images[0].features:
@@ -838,10 +830,9 @@ class Policy:
     def sample(self, role: str | None, prompts: list[Prompt], num_samples: int, max_new_tokens: int,
                temperature: float = 1.0, seed: int | list[int] = 0) -> list[list[Completion]]:
         """`num_samples` completions of every prompt from the plain softmax. Of the checkpoint's generation_config only
-        the end-of-turn ids are used, so the policy that samples is the policy that `score` scores. Temperature 0
-        decodes greedily, with log-probabilities at temperature 1.
-        Random numbers are keyed by (seed, prompt, sample). With one seed per prompt, a completion does not depend on
-        which other prompts share the batch."""
+        the end-of-turn ids are used, so the policy that samples is the one that `score` scores. Temperature 0 decodes
+        greedily, with log-probabilities at temperature 1. Random numbers are keyed by (seed, prompt, sample): with one
+        seed per prompt, a completion does not depend on the batch it shares."""
         if not prompts:
             return []
         seeds = seed if isinstance(seed, list) else [derive_seed(seed, i) for i in range(len(prompts))]
@@ -894,11 +885,11 @@ class Policy:
         except RuntimeError as error:
             self.captures = False
             words = str(error).splitlines()[0]
-            print(f"warning: rank {rank()} samples by plain calls, slower, as capturing failed: {words}", file=sys.stderr)
+            print(f"warning: rank {rank()} samples by plain calls, slower: capturing failed: {words}", file=sys.stderr)
             return decode
 
     def completion(self, ids, logprobs):
-        """The completion in a row of sampled tokens. Its end-of-turn token stays: stopping is rewarded like any token."""
+        """The completion in a row of sampled tokens, with its end-of-turn token: stopping is rewarded like the rest."""
         stops = [t for t, token in enumerate(ids) if token in self.stop_ids]
         length = stops[0] + 1 if stops else len(ids)
         text = self.tokenizer.decode(ids[:length], skip_special_tokens=True)
@@ -996,7 +987,7 @@ def concatenate(values):
         return tuple(tensor for value in values for tensor in value)
     return [concatenate(list(layer)) for layer in zip(*values)]
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name):
     """The torch device of a --device setting; under torchrun each rank takes the GPU of its LOCAL_RANK."""
     found = torch.cuda.device_count()
     if name == "auto":
@@ -1048,9 +1039,8 @@ def checkpoint_folder(model):
     """The folder with a backbone's files: `model` itself, or its place in the Hugging Face Hub's cache."""
     if Path(model, "adapter_config.json").exists() or Path(model, "solver").exists():
         raise UserError(f"--model {model}: that is an adapter: give it as --adapter, and its backbone as --model")
-    if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise UserError(f"--model {model}: no such folder")
-    with blame(f"--model {model}: no folder of a model here, and not to be had from the Hugging Face Hub"):
+    flaw = "no model in this folder" if Path(model).is_dir() else "no such folder, nor to be had from the Hub"
+    with blame(f"--model {model}: {flaw}"):
         return Path(transformers.utils.cached_file(model, "config.json")).parent
 
 def adapter_settings(folder):
@@ -1062,15 +1052,13 @@ def adapter_settings(folder):
         return {"lora_r": peft["r"], "lora_alpha": peft["lora_alpha"], "model": peft["base_model_name_or_path"]}
 
 # ---- Learner: one role's optimizer, baseline and beta (Eq 7, 8) ------------------------------------------------------
-
 class ZeroLoss(torch.nn.Module):
     """A loss of 0 on a role's parameters: its backward pass under DistributedDataParallel only exchanges gradients."""
-
     def __init__(self, weights):
         super().__init__()
         self.weights = torch.nn.ParameterList(weights)
 
-    def forward(self) -> torch.Tensor:
+    def forward(self):
         return sum(weight.sum() for weight in self.weights) * 0.0
 
 class Learner:
@@ -1098,9 +1086,8 @@ class Learner:
         the baseline alone. The lists have one entry per question of this rank. Returns what to log. If the gradient
         norm or the KL is not finite, all ranks skip the update together; the fifth skip in a row raises UserError."""
         config = self.policy.config
-        local_sum = sum(sum(r) for r in rewards)
-        local_count = sum(len(r) for r in rewards)
-        reward_sum, count = all_sum(local_sum, local_count)
+        of_this_rank = sum(rewards, [])
+        reward_sum, count = all_sum(sum(of_this_rank), len(of_this_rank))
         if count == 0:  # no rank got a question to work on
             return {}
         mean_reward = reward_sum / count
@@ -1157,7 +1144,6 @@ class Learner:
         return all_sum(kl_sum.item())[0] / count
 
 # ---- Ranks: torchrun starts one process per GPU; every printed or decided number is global ---------------------------
-
 def world_size():
     """How many processes train together; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -1223,10 +1209,9 @@ def stop_signals():
             signal.signal(number, handler)
 
 # ---- Images ----------------------------------------------------------------------------------------------------------
-
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
-def list_images(data: tuple[str, ...]) -> list[Path]:
+def list_images(data):
     """The image files of folders (recursive, none hidden) in a fixed order, each once though folders may overlap."""
     found = {}
     real_path = functools.cache(os.path.realpath)  # of folders alone: a parallel file system takes long over each file
@@ -1243,7 +1228,7 @@ def list_images(data: tuple[str, ...]) -> list[Path]:
             found.setdefault((real_path(path.parent), path.name), path)
     return list(found.values())
 
-def load_image(path: Path) -> Image.Image:
+def load_image(path):
     """An upright RGB image: first frame, EXIF rotation, alpha on white, 16 bits scaled to 8. Raises UserError."""
     with blame(f"{path}: cannot be read as an image"), Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
@@ -1263,9 +1248,9 @@ def epoch_order(count, seed, epoch):
     rng = random.Random(derive_seed(seed, "order", epoch))
     return rng.sample(range(count), count)
 
-def load_next_image(paths: list[Path], seed: int, index: int) -> tuple[Path, Image.Image]:
-    """Image number `index` of a run, counted over all steps and ranks: the files in a new order in each epoch. The next
-    readable file takes the place of an unreadable one, the same on any number of ranks."""
+def load_next_image(paths, seed, index):
+    """(path, image) number `index` of a run, counted over all steps and ranks: the files in a new order in each epoch.
+    The next readable file takes the place of an unreadable one, the same on any number of ranks."""
     epoch, start = divmod(index, len(paths))
     order = epoch_order(len(paths), seed, epoch)
     for offset in range(len(paths)):
@@ -1277,7 +1262,6 @@ def load_next_image(paths: list[Path], seed: int, index: int) -> tuple[Path, Ima
     raise UserError(f"--data: none of the {len(paths)} image files can be read; see the warnings above")
 
 # ---- Run folder: config.json, metrics.jsonl, rollouts.jsonl, step_*/ -------------------------------------------------
-
 @contextlib.contextmanager
 def open_run(config):
     """Makes the run folder and locks it inside the block. Gives it, and the checkpoint to continue from or None."""
@@ -1309,7 +1293,7 @@ def lock_and_look(run, config, stack):
     with blame(f"{settings}: damaged. Choose another --run_name"):
         saved = dict(json.loads(settings.read_text()))
         saved["data"] = tuple(saved["data"])
-    there = {**dataclasses.asdict(Config()), **saved}  # a setting that is newer than the run has its default
+    there = dataclasses.asdict(Config()) | saved  # a setting that is newer than the run has its default
     for name, here in dataclasses.asdict(config).items():
         if here == there[name] or name in ("resume", "dry_run"):
             continue
@@ -1364,7 +1348,8 @@ def save_checkpoint(run, progress, policy, learners):
     part = run / f".{folder.name}.part"
     state = dict(progress)
     for role, learner in learners.items():
-        state[role] = {"beta": learner.beta, "baseline": learner.baseline, "optimizer": learner.optimizer.state_dict()}
+        state[role] = {"beta": learner.beta, "baseline": learner.baseline}
+        state[role]["optimizer"] = learner.optimizer.state_dict()
     with blame(f"{part}: cannot be written. Make room; --resume goes on from the newest checkpoint"):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
@@ -1392,7 +1377,6 @@ def load_checkpoint(folder, policy, learners):
         return state
 
 # ---- Training loop ---------------------------------------------------------------------------------------------------
-
 @dataclass
 class Episode:
     """One image on its way through one step."""
@@ -1407,8 +1391,7 @@ class Episode:
     watch: dict = field(default_factory=dict)   # signs of collapse, at some steps
 
 def train(config: Config, reward=group_rewards) -> Path:
-    """Self-evolution on a folder of unlabeled images, the paper's loop. `reward` is called as `group_rewards` is.
-    Returns the run folder."""
+    """Self-evolution on folders of images. `reward` is called as `group_rewards` is. Returns the run folder."""
     device = resolve_device(config.device)
     # Better known before the ranks meet: images, one of them readable, and the backbone's files
     paths = list_images(config.data)
@@ -1484,9 +1467,8 @@ def train(config: Config, reward=group_rewards) -> Path:
 def propose(policy, paths, step, first_image):
     """This rank's share of the step's images, each with one proposed question."""
     config = policy.config
-    first_slot = rank() * config.images_per_rank
     episodes = []
-    for slot in range(first_slot, first_slot + config.images_per_rank):
+    for slot in range(rank() * config.images_per_rank, (rank() + 1) * config.images_per_rank):
         path, image = load_next_image(paths, config.seed, first_image + slot)
         episodes.append(Episode(slot, path, policy.encode(image)))
     prompts = [Prompt(e.image, proposer_prompt()) for e in episodes]
@@ -1577,21 +1559,22 @@ def log_step(run, config, rows, stats, seconds):
     asked = [row for row in rows if row["question"]]
     if asked:
         print_step(config, metrics, asked[0])
-    if len(asked) < len(rows):
-        say(f"    {len(rows) - len(asked)} of {len(rows)} proposals held no question, {rows[0]['proposal'][:60]!r}")
+    silent = [row for row in rows if not row["question"]]
+    if silent:
+        say(f"    {len(silent)} of {len(rows)} proposals held no question, such as {silent[0]['proposal'][:60]!r}")
 
 # Edit these to print another metric; what a step does not have is "nan"
 STEP_LINE = ("{step:5.0f}/{total_steps} | H {entropy:.2f} (valid {entropy_valid:.2f}) maj {group_size:.1f} "
              "bad {invalid:.0%} | r_ans {r_ans:.2f} r_step {r_step:.2f} lam {lambda:.2f} r_sol {r_sol:.2f} "
              "r_prop {r_prop:.2f} | KL {kl_solver:.4f} beta {beta_solver:.4f} | {seconds:.2f} s "
-             "{tokens_per_second:.0f} tok/s, {left:.1f} h left")
+             "{tokens_per_second:.0f} tok/s, {left:.0f} min left")
 WATCH_LINE = ("    watch: two replies agree {pair_agreement:.0%}, two about different images {swapped_agreement:.0%}; "
               "distinct questions {distinct_questions:.0%}")
 
 def print_step(config, metrics, row):
     """The line of a step and, from time to time, the signs of collapse and the rollouts of a question."""
-    left = metrics["seconds"] * (config.total_steps - row["step"]) / 3600
-    values = defaultdict(lambda: math.nan, {"total_steps": config.total_steps, "left": left})
+    values = defaultdict(lambda: math.nan, total_steps=config.total_steps)
+    values["left"] = metrics["seconds"] * (config.total_steps - row["step"]) / 60
     values |= {key: round(value, 4) + 0.0 for key, value in metrics.items()}  # + 0.0 makes 0 of -0
     say(STEP_LINE.format_map(values))
     if "pair_agreement" in metrics:
@@ -1608,7 +1591,6 @@ def join_names(of_reward, of_log):
     return of_reward | of_log
 
 # ==== The paper ends here. What follows asks a trained Solver and reads the command line ==============================
-
 def ask(argv):
     """One image, one question: prints the reasoning and the answer, decoded greedily."""
     parser = Parser("ask", ASK_SETTINGS)
@@ -1616,9 +1598,8 @@ def ask(argv):
     parser.add_argument("question")
     parser.add_argument("--adapter", default="", help="step_* folder of a run; default: the plain backbone")
     settings, own = parser.read(argv)
-    picture = load_image(Path(own["image"]))
+    prompt = Prompt(load_image(own["image"]), solver_prompt(own["question"]))
     policy, role = load_solver(settings, own["adapter"])
-    prompt = Prompt(picture, solver_prompt(own["question"]))
     reply = policy.sample(role, [prompt], 1, policy.config.max_new_tokens_solver, temperature=0.0)[0][0]
     rollout = parse_rollout(reply.text)
     for j, step in enumerate(rollout.steps, 1):
