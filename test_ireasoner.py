@@ -339,13 +339,14 @@ def demo(settings: dict, cancel: float = 0.5, json_file: str = "", reward=ir.gro
     if not 0 <= cancel <= 1:
         raise UserError(f"--cancel {cancel}: must be from 0 to 1")
     config = Config(**{**DEMO, "images_per_rank": images_per_demo_rank(), **settings})
-    world = Path(config.output_dir) / f"{world_name(config.seed, cancel)}"
+    world = Path(config.output_dir) / world_name(config.seed, cancel)
     config.model = str(world / "model")
     config.data = (str(world / "images"),)
     preset = config.run_name.removesuffix("_seed{seed}")
     own_name = preset == config.run_name
     if not own_name:
-        config.run_name = f"demo_{preset}_{config.advantage}_seed{config.seed}_cancel{cancel:g}"
+        similarity = "" if config.step_similarity == "cosine" else f"_{config.step_similarity}"
+        config.run_name = f"demo_{preset}{similarity}_{config.advantage}_seed{config.seed}_cancel{cancel:g}"
     run = Path(config.output_dir, config.run_name)
     ir.join_ranks(ir.resolve_device(config.device))
     with result_file(json_file) as result:
@@ -841,12 +842,11 @@ def time_steps(size: str, images: int, n: int, steps: int, compare: bool) -> dic
 
 # ==== Study: which reward teaches sound reasoning? The demo over rewards and seeds ====================================
 
-STUDY_ROWS = ["group:evolmm", "group:ireasoner", "group:no_warmup", "group:shuffled"]
-REWARD_WORDS = {
-    "evolmm": "answers alone",
-    "ireasoner": "answers and steps",
-    "no_warmup": "answers and steps, no warm-up",
-    "shuffled": "answers and shuffled steps",
+STUDY_ROWS = ["ema:evolmm", "ema:ireasoner", "ema:numbers", "ema:numbers_shuffled"]
+VARIANTS = {  # rewards that are no presets: `ireasoner` with these settings, and whether its step rewards are shuffled
+    "shuffled": ({}, True),
+    "numbers": ({"step_similarity": "numbers"}, False),
+    "numbers_shuffled": ({"step_similarity": "numbers"}, True),
 }
 STUDY_COLUMNS = {
     "mean_at_n": "answers, mean@5",
@@ -855,6 +855,7 @@ STUDY_COLUMNS = {
     "wrong_reason": "unsound of right",
     "kl": "KL",
     "ill_posed_last": "ill-posed",
+    "distinct_last": "distinct traces",
     "r_ans": "gap of r_ans",
     "r_step": "gap of r_step",
     "sound_paid_more": "sound paid more",
@@ -889,12 +890,13 @@ def study(folder: Path, rows: list[str], cancels: list[float], seeds: list[int],
 def plan_run(folder: Path, row: str, cancel: float, seed: int, settings: dict) -> tuple:
     """(JSON file, settings, cancel, reward) of a run."""
     advantage, _, reward = row.partition(":")
-    preset = "ireasoner" if reward == "shuffled" else reward
+    of_variant, _ = VARIANTS.get(reward, ({}, False))
+    preset = "ireasoner" if reward in VARIANTS else reward
     if preset not in ir.PRESETS:
-        raise UserError(f"--rows {row}: must be ADVANTAGE:REWARD, with a preset or shuffled as REWARD")
+        raise UserError(f"--rows {row}: must be ADVANTAGE:REWARD, a REWARD being a preset or {', '.join(VARIANTS)}")
     file = folder / f"cancel{cancel:g}-{advantage}-{reward}-seed{seed}.json"
     own = {"advantage": advantage, "seed": seed, "run_name": file.stem, "output_dir": str(folder / "runs")}
-    return file, {**ir.PRESETS[preset], **settings, **own, "resume": True}, cancel, reward
+    return file, {**ir.PRESETS[preset], **of_variant, **settings, **own, "resume": True}, cancel, reward
 
 def make_runs(runs: list[tuple], workers: int):
     """Each in a process of its own. Whatever ends this function ends those too; they save where they are."""
@@ -921,9 +923,10 @@ def make_run(run: tuple):
         fcntl.flock(log, fcntl.LOCK_EX)  # a process that outlived its study may still be at work here
         if file.exists():
             return
-        result = demo(settings, cancel, reward=shuffled if reward == "shuffled" else ir.group_rewards)
+        _, is_shuffled = VARIANTS.get(reward, ({}, False))
+        result = demo(settings, cancel, reward=shuffled if is_shuffled else ir.group_rewards)
         result["reward"] = reward
-        result["direct"] = measure_pay(folder / file.stem)
+        result["direct"] = measure_pay(folder / file.stem) | measure_traces(folder / file.stem)
         part = file.with_suffix(".part")
         part.write_text(json.dumps(result, indent=2) + "\n")
         part.rename(file)
@@ -948,6 +951,18 @@ def measure_pay(run: Path) -> dict:
         return {}
     return {"r_ans": fmean(ans_gaps), "r_step": fmean(step_gaps), "sound_paid_more": fmean(sum(wins, [])),
             "groups": len(wins)}
+
+def measure_traces(run: Path) -> dict:
+    """Do the traces collapse into one template? In the first and the last 20 steps: mean steps a trace, and the share
+    of different traces among the N of a question."""
+    rows = [row for row in ir.read_jsonl(run / "rollouts.jsonl") if row["question"]]
+    last_step = max(row["step"] for row in rows)
+    result = {}
+    for name, low in (("first", 0), ("last", last_step - 20)):
+        part = [row for row in rows if low < row["step"] <= low + 20]
+        result[f"steps_{name}"] = fmean(fmean(row["num_steps"]) for row in part)
+        result[f"distinct_{name}"] = fmean(len(set(row["texts"])) / len(row["texts"]) for row in part)
+    return result
 
 def compare_pay(rows: list[dict], reward: str) -> tuple:
     """For each majority with sound and unsound traces: what the sound ones were paid more on average, and for each pair
@@ -1025,7 +1040,7 @@ def draw_study(tables: dict, out: Path):
                 seed_model.append(fmean(sound))
                 continue
             advantage, reward = name.split()
-            label = f"{REWARD_WORDS.get(reward, reward)} ({advantage})"
+            label = f"{reward} ({advantage})"
             axes.errorbar(fmean(sound), label, xerr=t_interval(sound), fmt="o", color="C0")
         axes.axvline(seed_model[0], color="gray", label="seed model")
         axes.axvline(max(seed_model), color="C1", linestyle="--", label="at its best temperature")
@@ -1218,7 +1233,7 @@ def run_study(argv):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="default 0 to 4")
     parser.add_argument("--cancel", type=float, nargs="+", default=[0.5, 1.0], metavar="SHARE", help="default 0.5 1.0")
     parser.add_argument("--rows", nargs="+", default=STUDY_ROWS, metavar="ADVANTAGE:REWARD",
-                        help="a REWARD is a preset or `shuffled`, the control")
+                        help=f"a REWARD is a preset, or one of {', '.join(VARIANTS)}; default {' '.join(STUDY_ROWS)}")
     parser.add_argument("--workers", type=int, default=2, help="processes; default 2")
     parser.add_argument("--table", action="store_true", help="of what is there, without another run")
     settings, own = parser.read(argv)
@@ -2693,7 +2708,7 @@ def test_the_study_table_holds_the_numbers_computed_by_hand(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     # gains 0.10, 0.12, 0.08: standard deviation 0.02, times 4.303 / sqrt(3)
     assert ("| ema discrete | 3 | 0.500 ± 0.000 | 0.800 ± 0.092 | 0.400 ± 0.046 | 0.500 ± 0.000 | 0.010 ± 0.000 | "
-            " |  | 0.300 ± 0.092 |  | +0.100 ± 0.050 | +0.050 ± 0.025 |") in lines
+            " |  |  | 0.300 ± 0.092 |  | +0.100 ± 0.050 | +0.050 ± 0.025 |") in lines
 
 @pytest.mark.parametrize("count, t", [(2, 12.706), (5, 2.776), (11, 2.228), (12, 2.201), (21, 2.086), (61, 2.000)])
 def test_intervals_are_those_of_students_t(count, t):
