@@ -760,7 +760,7 @@ class Policy:
             visual_tokens = int(inputs["image_grid_thw"].prod()) // self.processor.merge_size ** 2
             head = head.replace("<|image_pad|>", "<|image_pad|>" * visual_tokens)
             ids = self.tokenizer(head)["input_ids"]
-        return ids, inputs.to(self.device, dtype=self.hf.dtype)
+        return ids, inputs
 
     @torch.no_grad()
     def encode(self, image):
@@ -768,6 +768,8 @@ class Policy:
         if isinstance(image, EncodedImage):
             return image
         ids, inputs = self.preprocess(image)
+        grid = inputs.get("image_grid_thw")  # stays on the CPU
+        inputs = inputs.to(self.device, dtype=self.hf.dtype)
         # Each family wants other inputs beside the pixels: grids, image sizes
         accepted = inspect.signature(self.hf.model.get_image_features).parameters
         arguments = {name: value for name, value in inputs.items() if name in accepted}
@@ -776,7 +778,7 @@ class Policy:
         for name in ("pooler_output", "deepstack_features"):  # Qwen3-VL also feeds deeper layers
             if out.get(name) is not None:
                 features[name] = out[name]
-        return EncodedImage(ids, features, inputs.get("image_grid_thw"))
+        return EncodedImage(ids, features, grid)
 
     def tokenize(self, text):
         """Token ids of model or user text; special tokens that are spelled out in it become ordinary characters."""
@@ -788,21 +790,22 @@ class Policy:
         _, tail = self.template
         images = [self.encode(prompt.image) for prompt in prompts]
         rows = [torch.tensor(image.ids + self.tokenize(p.text) + tail) for image, p in zip(images, prompts)]
-        # On the left, so that all completions begin in one column
-        ids = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=-1).to(self.device)  # (B, P)
+        # On the left, so that all completions begin in one column; on the CPU, since positions would wait for the GPU
+        ids = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=-1)  # (B, P)
         mask = (ids >= 0).long()
         is_image = (ids == self.image_token_id).int()
         ids = ids.clamp_min(0)
-        positions = self.rotary_positions(images, ids, mask, is_image)  # (B, P) or (3, B, P)
+        positions = self.rotary_positions(images, ids, mask, is_image).to(self.device)  # (B, P) or (3, B, P)
+        mask = mask.to(self.device)
         features = {}
         for name in images[0].features:
             features[name] = concatenate([image.features[name] for image in images])
         # Made without a config, it keeps all keys: layers with a sliding window would drop old ones
         cache = transformers.DynamicCache()
         # Image features that are there already, so that the vision tower does not run again
-        out = self.hf.model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True,
-                            mm_encoder_outputs={"image": transformers.utils.ModelOutput(features)},
-                            **dict.fromkeys(self.image_mask_names, is_image))
+        out = self.hf.model(input_ids=ids.to(self.device), attention_mask=mask, position_ids=positions, cache=cache,
+                            use_cache=True, mm_encoder_outputs={"image": transformers.utils.ModelOutput(features)},
+                            **dict.fromkeys(self.image_mask_names, is_image.to(self.device)))
         # A prompt ends in text, whose positions in time, height and width are equal
         last = positions.reshape(-1, *ids.shape)[0, :, -1]
         return Prefill(cache, mask, last + 1, out.last_hidden_state[:, -1])
