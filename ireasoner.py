@@ -85,6 +85,9 @@ if __name__ in ("__main__", "__mp_main__"):
 class UserError(Exception):
     """Ends the program with one line, the culprit and the remedy, and exit status 2."""
 
+class Stopped(UserError):
+    """A signal has ended training; the step in flight is saved."""
+
 @contextlib.contextmanager
 def blame(culprit):
     """Errors inside the block become a UserError: the culprit, then the library's words. Mistakes in code (NameError,
@@ -231,8 +234,7 @@ def answer_entropy(answers: list[str | None]) -> float:
     """H(x, q) = -sum p log p in nats (section 3.1). Each invalid rollout (None) is an outcome of its own with mass
     1/N, so that garbage never looks like agreement [ours]."""
     n = len(answers)
-    # An invalid rollout is its own outcome: its number
-    outcomes = Counter(i if a is None else a for i, a in enumerate(answers))
+    outcomes = Counter(i if a is None else a for i, a in enumerate(answers))  # None: its number
     return math.fsum(count / n * math.log(n / count) for count in outcomes.values())
 
 def entropy_reward(entropy: float, mu: float = 0.90, sigma: float = 0.35) -> float:
@@ -444,7 +446,7 @@ def group_rewards(rollouts: list["Rollout"], embeddings: list[torch.Tensor], lam
         "r_sol": r_sol, "r_prop": r_prop, "r_ans": r_ans, "r_step": r_step,
         "entropy": entropy, "entropy_valid": entropy_valid,
         "majority": [i in group for i in range(n)], "group_size": len(group),
-        "density": group_density(len(group), n, config.gamma) if group else 0.0,
+        "density": group_density(len(group), n, config.gamma),
         "step_cosine": step_cosine, "comparable_steps": int(r_ij.isfinite().any(dim=0).sum()),
         "leave_one_out": leave_one_out_similarity(embeddings, group).tolist(),
     }
@@ -456,7 +458,7 @@ class Rollout:
     text: str
     think: str                   # the trace t_i: all before the answer, without tags
     steps: list[str]
-    answer: str | None           # raw text of the last complete <answer>...</answer>; None without one
+    answer: str | None           # raw text of the last complete <answer>; None without one
     words_before_answer: int
 
     @property
@@ -525,7 +527,7 @@ def split_steps(think: str, max_steps: int = 8) -> list[str]:
             expected = len(steps)
             is_next = number == expected or (number == 2 and expected == 1)
             if label["line"] is None and not is_next:
-                continue  # inside a line only the next number is a label: "as in Step 1: ..." is none
+                continue  # inside a line only the next number is a label, not "as in Step 1: ..."
             steps[-1] = think[begin:label.start()]
             if not expected <= number <= expected + 2:
                 number = expected  # a slip: it repeats, goes back or leaps
@@ -541,7 +543,7 @@ def split_steps(think: str, max_steps: int = 8) -> list[str]:
         unlabeled = _NUMBERED_LINE.sub("", _STEP_LABEL.sub("", think))
         sentences = _SENTENCE_END.split(unlabeled)
         steps = ["", *(re.sub(r"\A[#>*+•-]+\s", "", s) for s in sentences if re.search(r"\w", s))]  # without bullets
-    steps = [re.sub(r"\*\*(?!\d)", "", step) for step in steps[1:max_steps + 1]]  # bold, but not 2**3
+    steps = [re.sub(r"\*\*(?!\d)", "", step) for step in steps[1:max_steps + 1]]  # bold, not 2**3
     steps = [" ".join(step.split()) if re.search(r"\w", step) else "" for step in steps]
     return steps if any(steps) else []
 
@@ -596,7 +598,7 @@ def normalize_number(text):
     sign = "-" if number and match["sign"] == "-" else ""  # -0 is 0
     percent = "%" if match["percent"] else ""
     unit = f" {match['unit']}" if match["unit"] else ""
-    return f"{sign}{match['currency']}{number:f}{percent}{match['rest'] or ''}{unit}"  # f: never 1E+3
+    return f"{sign}{match['currency']}{number:f}{percent}{match['rest'] or ''}{unit}"  # never 1E+3
 
 # ---- Policy: one frozen backbone, two LoRA adapters, one mechanism for sampling, gradient and reference (Eq 7) -------
 ROLES = ("solver", "proposer")
@@ -606,9 +608,9 @@ TEXT_FILES = "token|vocab|merges|template|processor"  # what clients of an adapt
 @dataclass
 class EncodedImage:
     """An image after the frozen vision tower: encoded once, used in every pass of a step."""
-    ids: list[int]               # the chat template up to the text, with a placeholder for each visual token
+    ids: list[int]               # the chat template up to the text, a placeholder for each visual token
     features: dict               # what the vision tower gives to the language model
-    grid: torch.Tensor | None    # (1, 3) time, height and width in patches, for 3-D rotary positions
+    grid: torch.Tensor | None    # (1, 3) time, height and width in patches, for 3-D positions
 
 @dataclass
 class Prompt:
@@ -662,7 +664,7 @@ class Policy:
         self.config = config
         self.device = resolve_device(config.device)
         self.hf, self.tokenizer, self.processor = backbone or load_backbone(config, self.device)
-        self.lm_head = self.hf.get_output_embeddings()  # called apart from hf.model: only completions need logits
+        self.lm_head = self.hf.get_output_embeddings()  # only completions need logits
         self.image_token_id = self.hf.config.image_token_id
         eos = self.hf.generation_config.eos_token_id  # one or several
         self.stop_ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
@@ -685,7 +687,7 @@ class Policy:
         config = self.config
         lora = LoraConfig(target_modules=LORA_TARGETS, r=config.lora_r, lora_alpha=config.lora_alpha,
                           lora_dropout=config.lora_dropout)
-        torch.manual_seed(derive_seed(config.seed, "adapters"))  # so that every rank starts with the same adapters
+        torch.manual_seed(derive_seed(config.seed, "adapters"))  # the same on every rank
         with blame(f"--model {config.model}: no adapters fit a {self.hf.config.model_type} model"):
             self.peft = get_peft_model(self.hf, lora, adapter_name="solver")
             self.peft.add_adapter("proposer", dataclasses.replace(lora))
@@ -698,8 +700,7 @@ class Policy:
         """Switches to a role, or to the reference for None. A role stays active after the block, for its backward pass:
         call backward() before another role's block, since PEFT's `set_adapter` turns `requires_grad` off for all other
         adapters. Blocks do not nest. (Gradient checkpointing of the decoder, if you add it, must not cross roles.)"""
-        # LoRA dropout acts in train mode: where gradients flow
-        self.hf.get_decoder().train(torch.is_grad_enabled())
+        self.hf.get_decoder().train(torch.is_grad_enabled())  # LoRA dropout acts with gradients
         if role is None:
             with self.peft.disable_adapter():
                 yield
@@ -714,9 +715,7 @@ class Policy:
     def save(self, folder):
         """Writes folder/solver and folder/proposer, PEFT adapters with the backbone's tokenizer and processor files,
         copied byte for byte, since what one version of transformers writes may not load in an older one."""
-        weights = {name: w.detach().cpu() for name, w in self.peft.named_parameters() if ".lora_" in name}
-        self.peft.save_pretrained(str(folder), selected_adapters=list(ROLES), state_dict=weights,
-                                  save_embedding_layers=False)
+        self.peft.save_pretrained(str(folder), selected_adapters=list(ROLES), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         for file in checkpoint_folder(self.config.model).iterdir():
             if re.search(TEXT_FILES, file.name):
@@ -821,7 +820,7 @@ class Policy:
 
     def extend(self, prefill, ids, done=0):
         """Hidden states (rows, T, d) of `ids` (rows, T), which follow a repeated prefill and `done` tokens after it."""
-        offsets = done + torch.arange(ids.shape[1], device=self.device)  # `done` may be a (1,) tensor
+        offsets = done + torch.arange(ids.shape[1], device=self.device)  # `done`: maybe a (1,) tensor
         positions = prefill.next_position[:, None] + offsets  # (rows, T)
         if self.has_3d_positions:
             positions = positions.expand(3, -1, -1)  # text has equal time, height and width
@@ -867,12 +866,11 @@ class Policy:
 
         with self.adapter(role):
             prefill = self.prefill(prompts)
-            length = prefill.mask.shape[1] + max_new_tokens
-            # Allocated in full, so that no new token copies the old ones
+            length = prefill.mask.shape[1] + max_new_tokens  # in full: no token copies old ones
             rows = prefill.repeat(num_samples, max_new_tokens, lambda: transformers.StaticLayer(length))
             choose(rows.hidden)
             step = on_side_stream(decode)  # plain calls first, as a capture needs
-            for count in range(1, max_new_tokens):  # rows that have finished go on, and are cut in the end
+            for count in range(1, max_new_tokens):  # finished rows go on, and are cut in the end
                 if count == 4:
                     step = self.captured(decode)
                 if count % 16 == 0 and finished.all():  # seldom, since asking waits for the device
@@ -923,8 +921,7 @@ class Policy:
         """Hidden states that predict the completions' tokens, (M, d). The prompt is prefilled once for all N, also with
         gradients: P + N R tokens go through the model instead of N (P + R)."""
         rows = [torch.tensor(c.token_ids) for c in completions]
-        # On the right: no token sees what comes after it
-        ids = pad_sequence(rows, batch_first=True).to(self.device)  # (N, R)
+        ids = pad_sequence(rows, batch_first=True).to(self.device)  # (N, R), padding unseen
         # Layers that grow by concatenation, which passes gradients on to the prompt
         prefill = self.prefill([prompt]).repeat(len(rows), ids.shape[1] - 1, transformers.DynamicLayer)
         hidden = prefill.hidden[:, None]  # (N, 1, d)
@@ -951,7 +948,7 @@ def capture(step):
     if not torch.cuda.is_available():
         return step
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may use the GPU
         step()
     return graph.replay
 
@@ -1014,11 +1011,10 @@ def load_backbone(config, device):
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     checkpoint_folder(config.model)
     with blame(f"--model {config.model}: not a complete vision-language chat model"):
-        # Older ones take the argument `cache` and forget it
-        transformers.utils.versions.require_version("transformers>=5.24")
+        transformers.utils.versions.require_version("transformers>=5.24")  # older: no `cache`
         hf, info = transformers.AutoModelForImageTextToText.from_pretrained(
             config.model, dtype=getattr(torch, dtype), output_loading_info=True)
-        wrong = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+        wrong = sorted(info["missing_keys"]) + sorted(info["mismatched_keys"])
         if wrong:
             raise ValueError(f"its files lack {len(wrong)} weights, such as {wrong[0]}")
         text_config = hf.config.get_text_config()
@@ -1094,8 +1090,7 @@ class Learner:
         if count == 0:  # no rank got a question to work on
             return {}
         mean_reward = reward_sum / count
-        # b starts at the first mean [ours]
-        baseline = mean_reward if self.baseline is None else self.baseline
+        baseline = mean_reward if self.baseline is None else self.baseline  # starts at the mean [ours]
         stats = {"baseline": baseline}
         if learn:
             kl = self.gradient(prompts, completions, rewards, baseline, count)
@@ -1126,8 +1121,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         kl_sum = torch.zeros((), dtype=torch.float64, device=self.policy.device)
         for prompt, replies, r in zip(prompts, completions, rewards):
-            # From all N rewards, before the rollouts are cut into gradient passes
-            a = advantages(r, baseline, kind)
+            a = advantages(r, baseline, kind)  # of all N, before they are cut into passes
             for start in range(0, len(replies), config.score_rollouts):
                 part = slice(start, start + config.score_rollouts)
                 scores = self.policy.score(self.role, prompt, replies[part], config.temperature)
@@ -1217,7 +1211,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".g
 def list_images(data):
     """The image files of folders (recursive, none hidden) in a fixed order, each once though folders may overlap."""
     found = {}
-    real_path = functools.cache(os.path.realpath)  # of folders alone: a parallel file system takes long over each file
+    real_path = functools.cache(os.path.realpath)  # not of files: slow on a parallel file system
     for folder in data:
         top = Path(folder).expanduser()  # a quoted ~
         if not top.is_dir() or not folder:
@@ -1296,7 +1290,7 @@ def lock_and_look(run, config, stack):
     with blame(f"{settings}: damaged. Choose another --run_name"):
         saved = dict(json.loads(settings.read_text()))
         saved["data"] = tuple(saved["data"])
-    there = dataclasses.asdict(Config()) | saved  # a setting that is newer than the run has its default
+    there = dataclasses.asdict(Config()) | saved  # a newer setting has its default
     for name, here in dataclasses.asdict(config).items():
         if here == there[name] or name in ("resume", "dry_run"):
             continue
@@ -1383,11 +1377,11 @@ def load_checkpoint(folder, policy, learners):
 @dataclass
 class Episode:
     """One image on its way through one step."""
-    slot: int                                   # number of the image within the global batch of this step
+    slot: int                                   # number of the image within the step's global batch
     path: Path
     image: EncodedImage
     proposal: Completion | None = None
-    question: str | None = None                 # None: the proposal holds no question, and the Solver rests
+    question: str | None = None                 # None: no question, and the Solver rests
     completions: list[Completion] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
     rewards: dict = field(default_factory=lambda: {"r_prop": 0.0})
@@ -1424,8 +1418,7 @@ def train(config: Config, reward=group_rewards) -> Path:
         while step < config.total_steps and not stopped:
             step += 1
             started = time.perf_counter()
-            # For LoRA dropout; sampling has keys of its own
-            torch.manual_seed(derive_seed(config.seed, step, rank()))
+            torch.manual_seed(derive_seed(config.seed, step, rank()))  # for dropout alone
             lam = step_reward_weight(step, config.total_steps, config.lambda_max, config.warmup_frac,
                                      config.lambda_schedule)
 
@@ -1457,13 +1450,12 @@ def train(config: Config, reward=group_rewards) -> Path:
             images_seen += world_size() * config.images_per_rank
             rows = sum(gather([log_row(e, step, lam) for e in episodes]), [])  # in order of rank
             on_rank_zero(log_step, run, config, rows, stats, time.perf_counter() - started)
-            # A signal to any rank stops all of them after the same step
-            stopped = all_sum(len(signals))[0] > 0
+            stopped = all_sum(len(signals))[0] > 0  # all stop after the same step
             if stopped or step % config.save_every == 0 or step == config.total_steps:
                 progress = {"step": step, "images_seen": images_seen, "num_files": len(paths)}
                 on_rank_zero(save_checkpoint, run, progress, policy, learners)
     if step < config.total_steps:
-        raise UserError(f"{run}: stopped by a signal after step {step}, which is saved. Add --resume to go on")
+        raise Stopped(f"{run}: stopped by a signal after step {step}, which is saved. Add --resume to go on")
     say(f"finished: {run}/step_{step:06d} holds both adapters")
     return run
 
@@ -1551,9 +1543,9 @@ def log_step(run, config, rows, stats, seconds):
     for role, of_role in stats.items():
         own |= {f"{key}_{role}": value for key, value in of_role.items()}
     if "pair_agreement" in means:
-        questions = [row.get("question") for row in [*read_jsonl(run / "rollouts.jsonl"), *rows]]
-        latest = [question for question in questions if question][-256:]
-        own["distinct_questions"] = len(set(latest)) / len(latest)
+        earlier = read_jsonl(run / "rollouts.jsonl")
+        questions = [row["question"] for row in [*earlier, *rows] if row.get("question")][-256:]
+        own["distinct_questions"] = len(set(questions)) / len(questions)
     metrics = join_names(means, own)
     append_jsonl(run / "rollouts.jsonl", rows)
     append_jsonl(run / "metrics.jsonl", [metrics])
@@ -1658,7 +1650,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}. See --help")
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv=None):
     """Runs one command. Returns the exit status: 0, or 2 after one line that says why it could not go on."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -1669,6 +1661,7 @@ def main(argv: list[str] | None = None) -> int:
         argv = ["train", *argv]
     command, *argv = argv
     message = ""
+    stopped = False
     try:
         if command == "train":
             settings, _ = Parser("train", ALL_SETTINGS).read(argv)
@@ -1681,6 +1674,7 @@ def main(argv: list[str] | None = None) -> int:
             test_ireasoner.run_command(command, argv)
     except UserError as error:
         message = str(error)
+        stopped = isinstance(error, Stopped)
     except torch.OutOfMemoryError as error:
         message = f"{str(error).splitlines()[0]} Lower --score_rollouts, --images_per_rank or --max_pixels"
     except KeyboardInterrupt:
@@ -1691,9 +1685,11 @@ def main(argv: list[str] | None = None) -> int:
         if message and os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"ireasoner: {message}", file=sys.stderr)
         return status
-    # The first rank to fail speaks for all
+    # The first rank to fail speaks for all, and ends torchrun, which would start a refused run again
     if message and dist.distributed_c10d._get_default_store().add("failures", 1) == 1:
         print(f"ireasoner: {message}", file=sys.stderr, flush=True)
+        if "TORCHELASTIC_RUN_ID" in os.environ and not stopped:
+            os.kill(os.getppid(), signal.SIGTERM)
     sys.stdout.flush()
     os._exit(status)  # threads of gloo abort one interpreter in fifty that ends in the usual way
 

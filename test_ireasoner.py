@@ -1268,6 +1268,8 @@ COMMANDS = {"demo": run_demo, "eval": run_eval, "report": run_report, "study": r
 # ==== Tests ===========================================================================================================
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
+slow = pytest.mark.skipif("SLOW" not in os.environ, reason="more than 20 seconds: set SLOW=1")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about itself
 
 @pytest.fixture(scope="session")
@@ -2654,17 +2656,24 @@ def test_readme_example_from_adapter_to_answer(world, straight_run, tmp_path, mo
 
 # ---- Ranks and faults: real processes with gloo. A start takes seconds, so it serves several tests -------------------
 
-def run_8gpu(ranks, settings, scene=None, restarts=3):
-    """run_8gpu.sh on the CPU. With a scene, every rank calls that function of this file in place of ireasoner.py."""
+def run_8gpu(ranks, settings, scene=None, restarts=3, meanwhile=None):
+    """run_8gpu.sh on the CPU. With a scene, every rank calls that function of this file in place of ireasoner.py.
+    `meanwhile` is called with the process while it runs."""
     folder = HERE
     if scene:
         folder = Path(settings["output_dir"])
         shutil.copy(HERE / "run_8gpu.sh", folder)
         script = f"import sys\nsys.path[0] = {str(HERE)!r}\nimport {scene.__module__} as tests\n"
-        (folder / "ireasoner.py").write_text(f"{script}tests.{scene.__name__}(sys.argv[1:])\n")
+        call = f"if '--dry_run' not in sys.argv:\n    sys.exit(tests.{scene.__name__}(sys.argv[1:]))\n"
+        (folder / "ireasoner.py").write_text(script + call)
     environment = {"NPROC": str(ranks), "MAX_RESTARTS": str(restarts), "DEVICE": "cpu", "PYTHON": sys.executable}
     command = [folder / "run_8gpu.sh", *flags(settings)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    options = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | environment}
+    process = subprocess.Popen(command, **options)
+    if meanwhile:
+        meanwhile(process)
+    out, error = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(command, process.returncode, out, error)
 
 def before(owner, name, act):
     """From now on owner.name first calls act with its arguments."""
@@ -2701,7 +2710,7 @@ def killed_three_times(arguments):
     fault = faults.get((os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]))
     if fault:
         before(*fault)
-    ir.main(arguments)
+    return ir.main(arguments)
 
 def rank_two_rests(propose, *args):
     """As ir.propose, but the third of the four images of a step never gets a question."""
@@ -2802,6 +2811,156 @@ def test_ranks_give_the_numbers_of_one_process_however_often_they_are_killed(wor
     assert_same_numbers(straight_run, tmp_path / "calm")
     assert_same_bits(tmp_path / "calm", tmp_path / "killed")
     assert not list((tmp_path / "killed").glob(".step_*"))
+
+def full_disk(arguments):
+    """No checkpoint can be written."""
+    torch.save = Mock(side_effect=OSError("No space left on device"))
+    return ir.main(arguments)
+
+@slow
+def test_a_full_disk_ends_all_ranks_in_one_line_and_is_not_tried_again(world, tmp_path):
+    process = run_8gpu(3, train_settings(world, tmp_path, images_per_rank=1), full_disk)
+    assert process.returncode != 0
+    assert len(re.findall("^ireasoner: .*No space left.*--resume goes on|^ireasoner: .*", process.stderr, re.M)) == 1
+    assert "No space left" in process.stderr
+    assert process.stdout.count("from the start") == 1
+    assert "RuntimeError" not in process.stderr
+
+@slow
+def test_what_rank_zero_refuses_all_refuse_in_one_line(world, straight_run, tmp_path):
+    run = shutil.copytree(straight_run, tmp_path / "run")
+    before = snapshot(run)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "--max-restarts=2",
+               HERE / "ireasoner.py", *flags(train_settings(world, tmp_path))]
+    for more, words in (([], "holds a run already"), (["--lr=7"], "must be in"), (["--data=nowhere"], "not a folder")):
+        process = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
+        said = re.findall("^ireasoner: .*", process.stderr, re.M)
+        assert [words in line for line in said] == [True] * len(said)
+        assert len(said) == 1 or more  # before they have joined, each attempt says it once
+        assert process.returncode != 0
+    assert snapshot(run) == before
+
+def slow_second_step(arguments):
+    def solve(policy, asked, step, *key):
+        if step == 2 and not key:
+            time.sleep(33)
+
+    before(ir, "solve", solve)
+    return ir.main(arguments)
+
+@slow
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torchrun waits 30 seconds")
+def test_a_signal_to_torchrun_in_a_step_of_33_seconds_saves_that_step(world, tmp_path):
+    def terminate(process):
+        run = tmp_path / "run"
+        while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+            time.sleep(0.2)
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+
+    settings = train_settings(world, tmp_path, images_per_rank=1, watch_every=0)
+    process = run_8gpu(2, settings, slow_second_step, meanwhile=terminate)
+    assert len(re.findall("^ireasoner: .*stopped by a signal after step 2, which is saved", process.stderr, re.M)) == 1
+    assert ir.list_checkpoints(tmp_path / "run") == [tmp_path / "run/step_000002"]
+    assert len(metrics(tmp_path / "run")) == 2
+
+def test_the_script_warns_where_ranks_share_cores():
+    environment = os.environ | {"DEVICE": "cpu", "NPROC": "3", "PYTHON": "true", "OMP_NUM_THREADS": "1"}
+    command = ["taskset", "-c", "0", HERE / "run_8gpu.sh", "demo"]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "3 processes share 1 cores" in process.stderr
+
+def test_a_file_system_without_locks_gets_a_warning(world, tmp_path, capsys):
+    with patch.object(fcntl, "flock", side_effect=OSError(38, "Function not implemented")):
+        trained(world, tmp_path, total_steps=1)
+    assert "cannot be locked" in capsys.readouterr().out
+
+def test_the_patch_embedding_is_the_same_as_a_product():
+    model, _, _ = build_backbone()
+    names = set(model.state_dict())
+    proj = model.model.visual.patch_embed.proj
+    patches = torch.randn(6, *proj.weight.shape[1:])
+    as_convolution = proj(patches).reshape(6, -1)
+    policy = Policy(Config(), (model, *build_backbone()[1:]))
+    assert type(policy.hf.model.visual.patch_embed.proj) is ir.PatchProduct
+    difference = (proj(patches) - as_convolution).abs().max()
+    assert difference < 2e-6 * as_convolution.abs().max()
+    assert names == {name.replace(".base_layer", "") for name in model.state_dict() if ".lora_" not in name}
+
+# ---- The Hugging Face Hub's cache, and no internet -------------------------------------------------------------------
+
+def hub_cache(model, cache):
+    """A cache as an online `from_pretrained` leaves it: blobs, links to them in a snapshot, and the list of all files
+    in the repository, of which chat_template.json was never fetched."""
+    repository = cache / "models--some--model"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = repository / "snapshots" / commit
+    for folder in (snapshot, repository / "refs", repository / "blobs", repository / "trees"):
+        folder.mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    listed = {"chat_template.json": {"size": 9, "blob_id": "f" * 40}}
+    for file in model.iterdir():
+        blob = repository / "blobs" / f"{ir.derive_seed(file.name):040x}"
+        shutil.copy(file, blob)
+        (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+        listed[file.name] = {"size": file.stat().st_size, "blob_id": blob.name}
+    (repository / "trees" / f"{commit}.json").write_text(json.dumps({"format_version": 1, "files": listed}))
+    return "some/model"
+
+@slow
+def test_offline_a_model_of_the_hub_trains_saves_and_answers(world, tmp_path, good_question):
+    name = hub_cache(world / "model", tmp_path / "hub")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    settings = train_settings(world, tmp_path, model=name, total_steps=2)
+    ir.append_jsonl(tmp_path / "q.jsonl", [good_question])
+    adapter = tmp_path / "run/step_000002"
+    for line in (flags(settings), ["ask", good_question["image"], "?", f"--adapter={adapter}"],
+                 ["eval", tmp_path / "q.jsonl", f"--adapter={adapter}"]):
+        command = [sys.executable, HERE / "ireasoner.py", *line]
+        process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert process.returncode == 0, process.stderr
+    assert (adapter / "solver/tokenizer.json").read_bytes() == (world / "model/tokenizer.json").read_bytes()
+    assert json.loads((adapter / "solver/adapter_config.json").read_text())["base_model_name_or_path"] == name
+
+# ---- A copy of the file ----------------------------------------------------------------------------------------------
+
+def edited_copy(folder, *others):
+    """mine.py with another prompt, beside other files of the project."""
+    folder.mkdir()
+    source = Path(ir.__file__).read_text()
+    edited = source.replace('"Reply with the question only', '"MY EDIT. Reply with the question only')
+    assert edited != source
+    (folder / "mine.py").write_text(edited)
+    for other in others:
+        shutil.copy(HERE / other, folder)
+    return folder / "mine.py"
+
+@pytest.mark.parametrize("others, launcher", [
+    ([], []),
+    (["ireasoner.py", "test_ireasoner.py"], []),
+    (["ireasoner.py"], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]),
+])
+def test_a_renamed_copy_trains_as_edited(world, tmp_path, others, launcher):
+    copy = edited_copy(tmp_path / "code", *others)
+    settings = train_settings(world, tmp_path, total_steps=1)
+    probe = copy.with_name("probe.py")  # what the copy asked is not in its output: print the prompt of the running module
+    probe.write_text(copy.read_text().replace("def propose(policy", "print(proposer_prompt())\ndef propose(policy"))
+    command = [sys.executable, *launcher, probe, *flags(settings)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "MY EDIT" in process.stdout
+    assert (tmp_path / "run/step_000001").exists()
+
+def test_commands_of_the_tests_file_run_the_copy_that_was_started(tmp_path):
+    copy = edited_copy(tmp_path / "code", "ireasoner.py", "test_ireasoner.py")
+    (tmp_path / "code/test_ireasoner.py").write_text(
+        (HERE / "test_ireasoner.py").read_text() + '\nCOMMANDS["bench"] = lambda argv: print(ir.proposer_prompt())\n')
+    process = subprocess.run([sys.executable, copy, "bench"], capture_output=True, text=True, timeout=120)
+    assert "MY EDIT" in process.stdout, process.stderr
+    lonely = edited_copy(tmp_path / "lonely")
+    process = subprocess.run([sys.executable, lonely, "bench"], capture_output=True, text=True, timeout=120)
+    assert re.fullmatch("ireasoner: bench: .*test_ireasoner.*\n", process.stderr)
+    assert process.returncode == 2
 
 # ---- Study and premise -----------------------------------------------------------------------------------------------
 
