@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "transformers>=5.24", "peft>=0.18", "pillow>=10.1", "numpy", "pytest"]
+# dependencies = ["torch>=2.8", "transformers>=5.24", "peft>=0.18", "pillow>=10.1", "numpy", "pytest"]
 # ///
 """iReasoner: a vision-language model improves itself on unlabeled images.
 
@@ -15,13 +15,17 @@ Multimodal Models", in one file. One training step:
     python ireasoner.py demo                                   # laptop: watch a tiny Qwen2.5-VL improve, no download
     python ireasoner.py --data images                          # one GPU: train Qwen2.5-VL-7B on a folder of images
     torchrun --nproc_per_node=8 ireasoner.py --data images     # one node of eight GPUs
-    python ireasoner.py ask a.png "How many?" --adapter RUN    # the reasoning and the answer of a trained Solver
-    python ireasoner.py eval|report|study|premise|bench --help # accuracy, curves, experiments, speed
+    python ireasoner.py ask a.png "How many?" --adapter STEP   # the reasoning and the answer of a trained Solver
+    python ireasoner.py eval questions.jsonl --adapter STEP    # accuracy on labeled questions
+    python ireasoner.py report RUN ...                         # the curves of runs, as a picture
+    python ireasoner.py study FOLDER                           # the demo over rewards and seeds, as a table
+    python ireasoner.py premise --model MODEL                  # would the step reward pay it for sound reasoning?
+    python ireasoner.py bench                                  # seconds a step, on random weights
 
-To experiment, copy this file, edit the copy and run it: `python mine.py demo`. Order: settings; the paper, Eq 1 to 8,
-and `group_rewards`, where a reward of your own goes; parsing; Policy; Learner; ranks, images, run folder; `train`; the
-command line. Brackets name the source of a choice: a section of the paper, [code] for the authors' released code,
-[ours]. Where that code and the paper differ, this file follows the paper.
+To experiment, copy this file, edit the copy and run it: `python mine.py demo`. (demo and all from eval on need
+test_ireasoner.py beside it.) Order: settings; Eq 1 to 8 and `group_rewards`, where a reward of your own goes; parsing;
+Policy; Learner; ranks, images, run folder; `train`; the command line. Brackets name the source of a choice: a section
+or table of the paper, [code] for the authors' released code, [ours].
 
 Where the defaults depart from the paper's letter, and why:
 - Eq 1: a rollout without a complete <answer>, or with an empty one, is invalid: it counts in N, never votes, earns 0.
@@ -127,9 +131,9 @@ class Config:
     max_new_tokens_solver: int = setting(256, (1, 65536), "longest solution, tokens [code]")
     max_pixels: int = setting(802816, (784, 10**8), "pixels to which Qwen-VL models shrink larger images [ours]")
     # rewards, Eq 1 to 6
-    answer_reward: str = setting("soft", ["soft", "discrete"], "soft: Eq 5, g(H); discrete: 0 or 1 [Tab 1]")
+    answer_reward: str = setting("soft", ["soft", "discrete"], "soft: Eq 5, g(H); discrete: 0 or 1, both roles [Tab 1]")
     alpha: float = setting(0.7, (1e-6, 100), "sharpness of the answer reward, Eq 5 [code]")
-    step_similarity: str = setting("cosine", ["cosine", "numbers"], "r_tilde: Eq 3, 4 [4.1]; trace_overlap [ours]")
+    step_similarity: str = setting("cosine", ["cosine", "numbers"], "Eq 3 and 4, or overlap of the numbers [3.2]")
     eta: float = setting(0.05, (0, 1), "strength of the length penalty, Eq 5 [code]")
     target_words: int = setting(64, (1, 10**6), "words before the answer that cost nothing, Eq 5 [code]")
     gamma: float = setting(0.7, (0, 100), "exponent of the group density rho, Eq 2 [code]")
@@ -156,7 +160,7 @@ class Config:
     kl_adapt_rate: float = setting(0.10, (0, 100), "eta of Eq 8: how fast beta follows the KL [code]")
     lora_r: int = setting(16, (1, 1024), "LoRA rank of each adapter [code]")
     lora_alpha: int = setting(32, (1, 10**6), "LoRA scale is lora_alpha / lora_r [code]")
-    lora_dropout: float = setting(0.0, (0, 0.99), "dropout; above 0 another policy trains than sampled [ours]")
+    lora_dropout: float = setting(0.0, (0, 0.99), "above 0 the policy that learns is not the one that sampled [ours]")
     # machine and bookkeeping
     device: str = setting("auto", None, "auto, cpu, cuda or cuda:N (ROCm GPUs are cuda too) [ours]")
     enforce_eager: bool = setting(False, None, "sample by plain calls, without a CUDA graph [ours]")
@@ -284,7 +288,7 @@ def step_similarity(embeddings: list[torch.Tensor], group: list[int], min_group:
     return r_ij
 
 def position_weights(num_steps: int, decay: float = 0.15) -> torch.Tensor:
-    """Eq 4, w_j = exp(-kappa (j - 1)): (num_steps,), not normalized. Early steps weigh more. kappa [code]."""
+    """Eq 4, w_j = exp(-kappa (j - 1)): (num_steps,); normalized below. Early steps weigh more. kappa [code]."""
     return torch.exp(-decay * torch.arange(num_steps, dtype=torch.float32))
 
 def trajectory_agreement(r_ij: torch.Tensor, decay: float = 0.15) -> torch.Tensor:
@@ -342,7 +346,7 @@ def answer_reward(p_answer: float, excess: float, alpha: float = 0.7, eta: float
 def step_reward_weight(step: int, total_steps: int, lam_max: float = 0.7, warmup_frac: float = 0.3,
                        schedule: str = "ramp") -> float:
     """Eq 6, lambda(t): 0 for the first `warmup_frac` of all steps, then linear to `lam_max` at the last step. `step`
-    counts from 1 over the whole run, so a resumed run continues the ramp. Schedule "constant": always `lam_max`."""
+    counts from 1 over the whole run: a resumed run continues the ramp. Schedule "constant": always `lam_max`."""
     if schedule == "constant":
         return lam_max
     progress = (step / total_steps - warmup_frac) / max(1 - warmup_frac, 1e-9)  # 1 at the last step
@@ -380,7 +384,7 @@ def token_statistics(hidden: torch.Tensor, ref_hidden: torch.Tensor, token_ids: 
 def advantages(rewards: list[float], baseline: float, kind: str = "ema") -> list[float]:
     """Eq 7, what multiplies log pi, for all rollouts of one question. "ema" is the paper's r - b. The others ignore b:
     "mean" is r - mean of these rewards [ours]; "group" is GRPO's (r - mean) / (sd + 1e-3) with their population sd
-    [ours]. With these a single rollout learns nothing, nor do two: they earn the same whether they agree or not."""
+    [ours]. With these a single rollout learns nothing, and two learn nothing from agreeing."""
     if kind == "ema":
         return [r - baseline for r in rewards]
     mean = statistics.fmean(rewards)
@@ -676,7 +680,7 @@ class Policy:
         # Families name the mask of image tokens differently, or have none
         arguments = inspect.signature(self.hf.model.forward).parameters
         self.image_mask_names = arguments.keys() & {"token_type_ids", "mm_token_type_ids"}
-        # A CUDA graph records nothing of a policy on the CPU beside a GPU
+        # A policy on the CPU of a machine with a GPU must not capture: a CUDA graph would record nothing
         self.captures = not config.enforce_eager and (self.device.type == "cuda" or not torch.cuda.is_available())
         self.add_adapters()
 
@@ -1038,7 +1042,7 @@ def checkpoint_folder(model):
     """The folder with a backbone's files: `model` itself, or its place in the Hugging Face Hub's cache."""
     if Path(model, "adapter_config.json").exists() or Path(model, "solver").exists():
         raise UserError(f"--model {model}: that is an adapter: give it as --adapter, and its backbone as --model")
-    flaw = "no model in this folder" if Path(model).is_dir() else "no such folder, nor to be had from the Hub"
+    flaw = "no model in this folder" if Path(model).is_dir() else "no such folder, and not found on the Hub"
     with blame(f"--model {model}: {flaw}"):
         return Path(transformers.utils.cached_file(model, "config.json")).parent
 
@@ -1082,8 +1086,8 @@ class Learner:
     def update(self, prompts: list[Prompt], completions: list[list[Completion]], rewards: list[list[float]],
                learn: bool = True) -> dict:
         """One optimizer step over all rollouts of all ranks (Eq 7), then beta (Eq 8) and the baseline; without `learn`
-        the baseline alone. The lists have one entry per question of this rank. Returns what to log. If the gradient
-        norm or the KL is not finite, all ranks skip the update together; the fifth skip in a row raises UserError."""
+        the baseline alone. The lists have one entry per question (Proposer: image) of this rank. Returns what to log.
+        If the gradient norm or the KL is not finite, all ranks skip the update; the fifth skip raises UserError."""
         config = self.policy.config
         of_this_rank = sum(rewards, [])
         reward_sum, count = all_sum(sum(of_this_rank), len(of_this_rank))
@@ -1193,8 +1197,8 @@ def on_rank_zero(function, *arguments):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Inside the block SIGTERM and SIGINT (preemption, Ctrl-C) only join the list that it gives, and the step in flight
-    is finished."""
+    """Inside the block SIGTERM and SIGINT (preemption, Ctrl-C) are only noted, in a list, so that the step in flight is
+    finished."""
     caught = []
     old = {}
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -1213,7 +1217,7 @@ def list_images(data):
     found = {}
     real_path = functools.cache(os.path.realpath)  # not of files: slow on a parallel file system
     for folder in data:
-        top = Path(folder).expanduser()  # a quoted ~
+        top = Path(folder).expanduser()  # a ~ that the shell left alone
         if not top.is_dir() or not folder:
             raise UserError(f"--data {folder}: is not a folder")
         say(f"looking for images in {top}")
@@ -1230,7 +1234,7 @@ def load_image(path):
     with blame(f"{path}: cannot be read as an image"), Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # convert() would clip 16 bits, not scale them
-            image = image.point(lambda value: value / 257, "L")
+            image = image.point(lambda value: value / 257)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
@@ -1278,7 +1282,7 @@ def lock_and_look(run, config, stack):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{run}: another run is writing there. Wait for it, or choose another --run_name")
-    except OSError as error:  # as of a Lustre that is mounted without locks
+    except OSError as error:  # a Lustre may be mounted without locks
         say(f"warning: {run}: cannot be locked ({error}). Let no second run write there")
     settings = run / "config.json"
     if not settings.exists():
@@ -1323,7 +1327,7 @@ def start_log(run, config, last_step):
             part.rename(run / name)
 
 def read_jsonl(path):
-    """The rows of a log, none if it is missing. What is no row is left out, such as a line that a crash has torn."""
+    """The rows of a log, none if it is missing. Lines that are no rows, such as one that a crash tore, are left out."""
     if path.exists():
         with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
             for line in file:
@@ -1333,7 +1337,7 @@ def read_jsonl(path):
                         yield row
 
 def append_jsonl(path, rows):
-    """Appends rows to a log; numbers that JSON cannot say (NaN, infinity) become null."""
+    """Appends rows to a log. NaN and infinity become null, since JSON has no such numbers."""
     with blame(f"{path}: cannot be written. Make room"), open(path, "a", encoding="utf-8") as file:
         for row in rows:
             plain = json.loads(json.dumps(row, default=str), parse_constant=lambda name: None)
@@ -1390,7 +1394,7 @@ class Episode:
 def train(config: Config, reward=group_rewards) -> Path:
     """Self-evolution on folders of images. `reward` is called as `group_rewards` is. Returns the run folder."""
     device = resolve_device(config.device)
-    # Better known before the ranks meet: images, one of them readable, and the backbone's files
+    # Fail early, before the ranks wait for each other: without images, a readable one, the backbone's files
     paths = list_images(config.data)
     load_next_image(paths, config.seed, 0)
     checkpoint_folder(config.model)
@@ -1426,7 +1430,7 @@ def train(config: Config, reward=group_rewards) -> Path:
             episodes = propose(policy, paths, step, images_seen)
             asked = [e for e in episodes if e.question is not None]
             solve(policy, asked, step)
-            # The only reward: agreement of these N rollouts with each other
+            # The reward: agreement of these N rollouts with each other
             for e in asked:
                 embeddings = [policy.embed_steps(rollout.steps) for rollout in e.rollouts]
                 rewards = reward(e.rollouts, embeddings, lam, config, e.question)
@@ -1440,7 +1444,7 @@ def train(config: Config, reward=group_rewards) -> Path:
                 [Prompt(e.image, solver_prompt(e.question)) for e in asked],
                 [e.completions for e in asked],
                 [e.rewards["r_sol"] for e in asked])
-            # Its baseline follows every step; that only every fifth trains it is the released code's economy
+            # Its baseline follows every step, its adapter every fifth, as in the paper
             stats["proposer"] = learners["proposer"].update(
                 [Prompt(e.image, proposer_prompt()) for e in episodes],
                 [[e.proposal] for e in episodes],
@@ -1570,7 +1574,7 @@ def print_step(config, metrics, row):
     """The line of a step and, from time to time, the signs of collapse and the rollouts of a question."""
     values = defaultdict(lambda: math.nan, total_steps=config.total_steps)
     values["left"] = metrics["seconds"] * (config.total_steps - row["step"]) / 60
-    values |= {key: round(value, 4) + 0.0 for key, value in metrics.items()}  # + 0.0 makes 0 of -0
+    values |= {key: 0.0 if -1e-4 < value < 0 else value for key, value in metrics.items()}  # no "-0.0000"
     say(STEP_LINE.format_map(values))
     if "pair_agreement" in metrics:
         say(WATCH_LINE.format_map(values))
@@ -1622,10 +1626,9 @@ class Parser(argparse.ArgumentParser):
     """The command line of a command, with a flag for each of some settings. `defaults` are the command's own."""
 
     def __init__(self, command, settings=(), defaults={}):
-        commands = re.search("    python .*?(?=\n\n)", __doc__, re.S)[0]
         super().__init__(
-            prog=f"ireasoner.py {command}", usage="%(prog)s ...", description=commands, allow_abbrev=False,
-            epilog="sources of defaults: sections [4.1] and tables of the paper, [code] the authors' code, [ours]",
+            prog=f"ireasoner.py {command}", usage="%(prog)s ...", allow_abbrev=False,
+            description=(__doc__ or "").split("\n\nWhere the defaults")[0],
             formatter_class=argparse.RawDescriptionHelpFormatter)
         self.settings = settings
         for f in dataclasses.fields(Config):
@@ -1634,7 +1637,7 @@ class Parser(argparse.ArgumentParser):
             if isinstance(f.metadata["allowed"], list):
                 options = {"choices": f.metadata["allowed"]}
             if f.name in settings:
-                meaning = f"{f.metadata['meaning']}; default {defaults.get(f.name, f.default)!r}"
+                meaning = f"{f.metadata['meaning']}; default {defaults.get(f.name, f.default)!r}".replace("%", "%%")
                 self.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=meaning, **options)
         if settings == ALL_SETTINGS:
             self.add_argument("--preset", choices=PRESETS, default="ireasoner",
@@ -1681,11 +1684,11 @@ def main(argv=None):
         message = "interrupted"
     status = 2 if message else 0
     if not dist.is_initialized():
-        # What is refused before the ranks have joined, the first of each node says
+        # Before the ranks have joined, all of them are refused alike: the first of each node says why
         if message and os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"ireasoner: {message}", file=sys.stderr)
         return status
-    # The first rank to fail speaks for all, and ends torchrun, which would start a refused run again
+    # The first rank that fails says why, for all, and ends torchrun, which would only start the refused run again
     if message and dist.distributed_c10d._get_default_store().add("failures", 1) == 1:
         print(f"ireasoner: {message}", file=sys.stderr, flush=True)
         if "TORCHELASTIC_RUN_ID" in os.environ and not stopped:
