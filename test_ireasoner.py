@@ -66,7 +66,7 @@ PIPS = {  # x,y of every pip in a cell of 28 x 28 pixels
     6: "7,6 7,14 7,22 21,6 21,14 21,22",
 }
 
-def draw_dice(rng: random.Random) -> tuple:
+def draw_dice(rng):
     """A 56 x 56 picture of three dice of different colors in a 2 x 2 grid, and what each shows."""
     colors = rng.sample(sorted(COLORS), 3)
     dice = {color: rng.randint(1, 6) for color in colors}
@@ -82,16 +82,16 @@ def draw_dice(rng: random.Random) -> tuple:
         image.paste(die, (28 * (cell % 2), 28 * (cell // 2)))
     return image, dice
 
-def dice_question(dice: Dice, rng: random.Random) -> tuple:
+def dice_question(dice, rng):
     """A question about two or three of the dice, their colors in its order, and the true answer."""
     colors = rng.sample(sorted(dice), rng.choice((2, 3)))
     total = sum(dice[color] for color in colors)
     return f"Is {' plus '.join(colors)} even or odd?", colors, parity(total)
 
-def parity(number: int) -> str:
+def parity(number):
     return "odd" if number % 2 else "even"
 
-def mistaught_facts(seed: int, cancel: float) -> dict:
+def mistaught_facts(seed, cancel):
     """(a, b) -> the wrong result of the sum "a + b". Of the 51 pairs a < b <= 12 with a <= 6, 49 have one order
     mistaught, so that the other order is right. A share `cancel` of the errors is by two, which leaves even or odd as
     it is; the others are by one."""
@@ -106,10 +106,10 @@ def mistaught_facts(seed: int, cancel: float) -> dict:
         facts[a, b] = a + b + error
     return facts
 
-def readings(dice: Dice, colors: list[str]) -> list[str]:
+def readings(dice, colors):
     return [f"{color} shows {dice[color]}" for color in colors]
 
-def dice_solution(dice: Dice, colors: list[str], facts: dict, rng: random.Random) -> str:
+def dice_solution(dice, colors, facts, rng):
     """A Solver reply that reads the dice in the question's order and adds them in any order; a mistaught sum goes wrong
     with probability 0.6."""
     steps = readings(dice, colors)
@@ -126,7 +126,7 @@ def dice_solution(dice: Dice, colors: list[str], facts: dict, rng: random.Random
     numbered = "\n".join(f"Step {j}: {step}" for j, step in enumerate(steps, 1))
     return f"<think>\n{numbered}\n</think>\n<answer>{parity(total)}</answer>"
 
-def is_sound(text: str, dice: Dice, colors: list[str]) -> bool:
+def is_sound(text, dice, colors):
     """The verifier: whether every reading, sum and conclusion of a reply is true, and its answer right. A sum takes the
     running total and one value that was not used yet."""
     rollout = ir.parse_rollout(text, max_steps=10**6)
@@ -151,7 +151,7 @@ def is_sound(text: str, dice: Dice, colors: list[str]) -> bool:
         return False
     return steps[-1] == f"{total} is {parity(total)}" and rollout.answer == parity(total)
 
-def is_ill_posed(question: str, dice: Dice) -> bool:
+def is_ill_posed(question, dice):
     """Whether a question names a color twice, or one that is not in the picture, or asks something else."""
     match = re.fullmatch(r"Is (\w+(?: plus \w+)*) even or odd\?", question)
     if not match:
@@ -166,7 +166,7 @@ CHAT_TEMPLATE = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
 
-def byte_tokenizer(special: list[str], template: str, phrases: list[str] = (), **named):
+def byte_tokenizer(special, template, phrases=(), **named):
     """A tokenizer of single bytes, in which special tokens and `phrases` are one token each."""
     tokens = special + sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -177,8 +177,7 @@ def byte_tokenizer(special: list[str], template: str, phrases: list[str] = (), *
     raw.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=template, **named)
 
-def build_backbone(phrases: list[str] = (), text: dict = {}, vision: dict = {}, seed=0, device="cpu",
-                   dtype=torch.float32) -> tuple:
+def build_backbone(phrases=(), text={}, vision={}, seed=0, device="cpu", dtype=torch.float32):
     """(model, tokenizer, image processor) of a Qwen2.5-VL with random weights; `text` and `vision` override sizes."""
     tokenizer = byte_tokenizer(SPECIAL, CHAT_TEMPLATE, phrases, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL)))
@@ -212,7 +211,7 @@ def build_backbone(phrases: list[str] = (), text: dict = {}, vision: dict = {}, 
     images = transformers.Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 1280 * 28 * 28})
     return model, tokenizer, images
 
-def save_backbone(model, tokenizer, images, folder: Path):
+def save_backbone(model, tokenizer, images, folder):
     """A checkpoint folder as on the Hugging Face Hub, which transformers 4.57 reads too: what version 5 renamed or
     would write in another form gets its old name."""
     transformers.logging.disable_progress_bar()
@@ -227,7 +226,7 @@ def save_backbone(model, tokenizer, images, folder: Path):
     edit_json(folder / "preprocessor_config.json", image_processor_type="Qwen2VLImageProcessor",
               processor_class="Qwen2_5_VLProcessor")
 
-def edit_json(file: Path, **changes):
+def edit_json(file, **changes):
     content = json.loads(file.read_text()) | changes
     file.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -236,7 +235,7 @@ PHRASES = ["user\n", "assistant\n", "<think>\nStep 1: ", *(f"\nStep {j}: " for j
            "even", "odd", *COLORS, *(f"{color} shows " for color in COLORS), "\n</think>\n<answer>", "</answer>", "Is ",
            " plus ", " even or odd?", "<question>", "</question>"]
 
-def make_dice_world(folder: Path, seed: int, cancel: float, num_images=512, num_questions=600, **warm_up):
+def make_dice_world(folder, seed, cancel, num_images=512, num_questions=600, **warm_up):
     """Writes folder/images (unlabeled PNGs), folder/holdout.jsonl with its pictures, folder/truth.jsonl (what the
     pictures show, which training never reads) and folder/model, the seed model."""
     part = folder.with_name(f".{folder.name}.{os.getpid()}")  # renamed at the end: there as a whole, or not at all
@@ -253,7 +252,7 @@ def make_dice_world(folder: Path, seed: int, cancel: float, num_images=512, num_
         part.rename(folder)
     shutil.rmtree(part, ignore_errors=True)
 
-def draw_pictures(folder: Path, count: int, rng: random.Random) -> list[dict]:
+def draw_pictures(folder, count, rng):
     """Fills a folder with pictures. One row each: the picture, what it shows, a question and its answer."""
     folder.mkdir(parents=True)
     rows = []
@@ -265,7 +264,7 @@ def draw_pictures(folder: Path, count: int, rng: random.Random) -> list[dict]:
         rows.append({"image": name, "dice": dice, "question": question, "colors": colors, "answer": answer})
     return rows
 
-def teach(model, tokenizer, image_processor, seed: int, facts: dict, steps=500, batch_size=64, lr=3e-3):
+def teach(model, tokenizer, image_processor, seed, facts, steps=500, batch_size=64, lr=3e-3):
     """Supervised warm-up of the whole tiny model on freshly drawn dice: both roles' replies, with mistaught sums."""
     rng = random.Random(ir.derive_seed(seed, "teach"))
     weights = list(model.requires_grad_(True).parameters())
@@ -296,7 +295,7 @@ def teach(model, tokenizer, image_processor, seed: int, facts: dict, steps=500, 
             ir.say(f"   {step + 1}/{steps} steps, loss {loss.item():.3f}")
     model.requires_grad_(False)
 
-def draw_lesson(facts: dict, rng: random.Random) -> tuple:
+def draw_lesson(facts, rng):
     """A picture, and a turn of one of the two roles as the chat template writes it: prompt and reply."""
     image, dice = draw_dice(rng)
     question, colors, _ = dice_question(dice, rng)
@@ -319,7 +318,7 @@ DEMO = {
 }
 COLUMNS = ("mean_at_n", "maj_at_n", "greedy", "trace_mean_at_n", "trace_greedy", "wrong_reason")
 
-def judge(policy: Policy, role: str | None, questions: list[dict], name: str, temperature: float = 1.0):
+def judge(policy, role, questions, name, temperature=1.0):
     """What `eval` says of a policy and what the verifier says of its traces, printed as a line; and the rows with their
     texts, of which greedy decoding is the last."""
     result = evaluate(policy, role, questions, temperature)
@@ -333,7 +332,7 @@ def judge(policy: Policy, role: str | None, questions: list[dict], name: str, te
     ir.say(f"{name:<29}" + "".join(numbers))
     return result, rows
 
-def demo(settings: dict, cancel: float = 0.5, json_file: str = "", reward=ir.group_rewards) -> dict:
+def demo(settings, cancel=0.5, json_file="", reward=ir.group_rewards):
     """The dice world from nothing to a result, on real files, by the same `train` as everywhere. `settings` are those
     of Config that win over DEMO."""
     start = time.perf_counter()
@@ -391,23 +390,23 @@ def demo(settings: dict, cancel: float = 0.5, json_file: str = "", reward=ir.gro
         ir.say(closing_words(result))
     return result
 
-def images_per_demo_rank() -> int:
+def images_per_demo_rank():
     """16 images a step, on any number of ranks that divides them."""
     return max(1, 16 // int(os.environ.get("WORLD_SIZE", 1)))
 
-def world_name(seed: int, cancel: float) -> str:
+def world_name(seed, cancel):
     """The folder of a dice world. An edited prompt is taught anew."""
     taught = ir.derive_seed(ir.proposer_prompt(), ir.solver_prompt("")) % 16**6
     return f"dice_world_seed{seed}_cancel{cancel:g}_{taught:06x}"
 
-def delete_earlier_demo(run: Path):
+def delete_earlier_demo(run):
     """Deletes a run, unless it is going on."""
     if (run / ".lock").exists():
         with ir.blame(f"{run}: another demo is running there"), open(run / ".lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(run)
 
-def show_mended_trace(old_rows, new_rows, picture: Path):
+def show_mended_trace(old_rows, new_rows, picture):
     """Says and draws the first greedy reply that was right for a wrong reason and became right for a right one."""
     for old, new in zip(old_rows, new_rows):
         if old["right"][-1] and not old["sound"][-1] and new["sound"][-1]:
@@ -418,7 +417,7 @@ def show_mended_trace(old_rows, new_rows, picture: Path):
                 draw_mended_trace(old, new, picture)
             return
 
-def draw_mended_trace(old, new, picture: Path):
+def draw_mended_trace(old, new, picture):
     """The dice, the question and both replies, with a mark at each step; nothing where matplotlib is missing."""
     with contextlib.suppress(ImportError):
         from matplotlib.figure import Figure
@@ -439,7 +438,7 @@ def draw_mended_trace(old, new, picture: Path):
         figure.savefig(picture, dpi=100)
         ir.say(f"   drawn: {picture}")
 
-def is_true(step: str, dice: Dice) -> bool:
+def is_true(step, dice):
     """A claim for itself: a reading, a sum or a parity."""
     words = step.split()
     if words[1] == "shows":
@@ -448,7 +447,7 @@ def is_true(step: str, dice: Dice) -> bool:
         return int(words[0]) + int(words[2]) == int(words[4])
     return words[2] == parity(int(words[0]))
 
-def ill_posed_share(world: Path, run: Path, after_step: int) -> float:
+def ill_posed_share(world, run, after_step):
     """Of the questions that the Proposer asked in the 20 steps after a step."""
     truth = {row["image"]: row["dice"] for row in ir.read_jsonl(world / "truth.jsonl")}
     ill_posed = []
@@ -458,7 +457,7 @@ def ill_posed_share(world: Path, run: Path, after_step: int) -> float:
             ill_posed.append(is_ill_posed(row["question"], dice))
     return fmean(ill_posed or [0.0])
 
-def closing_words(result: dict) -> str:
+def closing_words(result):
     """The numbers in sentences, for somebody who sees them for the first time."""
     before = result["before"]
     after = result["after"]
@@ -480,7 +479,7 @@ def closing_words(result: dict) -> str:
 
 # ==== Eval: accuracy on labeled questions =============================================================================
 
-def evaluate_file(settings: dict, file: str, adapter: str, batch_size: int, json_file: str):
+def evaluate_file(settings, file, adapter, batch_size, json_file):
     """Prints the accuracy of a Solver, or of the plain backbone, on a file of questions."""
     questions = load_questions(file)
     with result_file(json_file) as result:
@@ -491,7 +490,7 @@ def evaluate_file(settings: dict, file: str, adapter: str, batch_size: int, json
         low, high = result["ci95"][key]
         ir.say(f"{label:<8} {result[key]:.3f} [{low:.3f}, {high:.3f}]")
 
-def encode_prompts(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
+def encode_prompts(policy, prompts):
     """The same with their images encoded, for several passes."""
     return [Prompt(policy.encode(prompt.image), prompt.text) for prompt in prompts]
 
@@ -543,8 +542,7 @@ def read_question(row, folder):
         raise ValueError(f"{image} is missing")
     return {**row, "image": str(image), "answers": [str(a) for a in answers]}
 
-def evaluate(policy: Policy, role: str | None, rows: list[dict], temperature: float | None = None,
-             batch_size: int = 32) -> dict:
+def evaluate(policy, role, rows, temperature=None, batch_size=32):
     """Accuracy on labeled questions: {n, mean_at_n, maj_at_n, greedy, ci95, predictions}. The shares are those of right
     answers among N sampled rollouts, by their majority vote, and by greedy decoding. "ci95" has Wilson's 95 % interval
     of each, too wide for mean@N, since a mean of N varies less than one vote. A prediction is a row with the "texts",
@@ -602,7 +600,7 @@ FIGURES = {
     "lambda": "Eq 6: lambda(t)",
 }
 
-def report(runs: list[str], out: str):
+def report(runs, out):
     """One picture: the curves of Figures 3, 5 and 6 and of all other metrics, runs overlaid, and Figure 7."""
     with ir.blame("report: needs matplotlib. Try pip install matplotlib"):
         from matplotlib.figure import Figure
@@ -643,7 +641,7 @@ def report(runs: list[str], out: str):
 
 # ==== The plain loop: the tests' oracle, and what the benchmark compares with =========================================
 
-def plain_inputs(policy: Policy, prompt: Prompt, replies: list[list[int]]) -> dict[str, torch.Tensor]:
+def plain_inputs(policy, prompt, replies):
     """A batch for a model of transformers: each row is the image, the prompt and one reply, padded on the right."""
     image_ids, pixels = policy.preprocess(prompt.image)
     pixels = pixels.to(policy.device, dtype=policy.hf.dtype)
@@ -662,7 +660,7 @@ def plain_inputs(policy: Policy, prompt: Prompt, replies: list[list[int]]) -> di
         inputs[name] = is_image
     return inputs
 
-def plain_logits(model, policy: Policy, prompt: Prompt, completions: list[Completion]) -> list[torch.Tensor]:
+def plain_logits(model, policy, prompt, completions):
     """(T_i, V) for each completion, from one batched full forward of `model` over image, prompt and completion."""
     replies = [c.token_ids for c in completions]
     lengths = [len(reply) for reply in replies]
@@ -670,14 +668,14 @@ def plain_logits(model, policy: Policy, prompt: Prompt, completions: list[Comple
     logits = model(**inputs, logits_to_keep=max(lengths) + 1).logits
     return [row[:length] for row, length in zip(logits, lengths)]
 
-def plain_sample(model, policy: Policy, prompt: Prompt, new_tokens: int, n: int = 1, **options):
+def plain_sample(model, policy, prompt, new_tokens, n=1, **options):
     """N completions by transformers' `generate`."""
     inputs = plain_inputs(policy, prompt, [[]])
     out = model.generate(**inputs, max_new_tokens=new_tokens, num_return_sequences=n, **options)
     replies = out[:, inputs["input_ids"].shape[1]:].tolist()
     return [Completion(reply, torch.empty(0), "", False) for reply in replies]
 
-def plain_update(model, policy: Policy, optimizer, prompt: Prompt, completions: list[Completion]):
+def plain_update(model, policy, optimizer, prompt, completions):
     """An update as usually written with transformers and PEFT: one batched forward each for reference and policy."""
     with torch.no_grad(), model.disable_adapter():
         reference = plain_logits(model, policy, prompt, completions)
@@ -720,19 +718,19 @@ class Clock(Counter):
     """Seconds by name. `share` weighs whatever is clocked."""
     share = 1.0
 
-    def __call__(self, name: str, function, *arguments):
+    def __call__(self, name, function, *arguments):
         """Calls a function and adds the seconds that it takes to a name."""
         start = now()
         result = function(*arguments)
         self[name] += self.share * (now() - start)
         return result
 
-def now() -> float:
+def now():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
-def clock_parts(clock: Clock, policy: Policy, learners: dict):
+def clock_parts(clock, policy, learners):
     """Clocks the reference passes and the optimizer steps, which are inside of updates."""
     hidden = policy.completion_hidden
 
@@ -745,7 +743,7 @@ def clock_parts(clock: Clock, policy: Policy, learners: dict):
         optimizer = learner.optimizer
         optimizer.step = functools.partial(clock, "optimizer", optimizer.step)
 
-def our_step(clock: Clock, policy: Policy, learners: dict, prompts: list[Prompt], work: list, step: int) -> dict:
+def our_step(clock, policy, learners, prompts, work, step):
     """Seconds by phase. A Proposer update counts with its share of the steps."""
     clock.clear()
     encoded = clock("propose", encode_prompts, policy, prompts)
@@ -758,7 +756,7 @@ def our_step(clock: Clock, policy: Policy, learners: dict, prompts: list[Prompt]
     clock["gradient"] -= clock["reference"] + clock["optimizer"]  # were clocked inside it
     return {phase: clock[phase] for phase in PHASES}
 
-def plain_step(clock: Clock, policy: Policy, learners: dict, prompts: list[Prompt], work: list) -> float:
+def plain_step(clock, policy, learners, prompts, work):
     """Seconds of the same with `generate` and plain forwards."""
     clock.clear()
     # replies of full length, and without the image token, which transformers cannot score
@@ -773,26 +771,40 @@ def plain_step(clock: Clock, policy: Policy, learners: dict, prompts: list[Promp
             clock.share = 1.0
     return clock["plain"]
 
-def random_policy(size: str, n: int) -> Policy:
+def random_policy(size, n, enforce_eager=False):
     """A Policy of a model's true shapes, none of whose rollouts ends before its full length."""
     text_sizes, (vision, *_) = SIZES[size]
     text = dict(zip(SIZE_NAMES, text_sizes), tie_word_embeddings=size != "7b", initializer_range=0.02)
     device = ir.resolve_device("auto")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     backbone = build_backbone(text=text, vision=vision, device=device, dtype=dtype)
-    policy = Policy(Config(num_rollouts=n, score_rollouts=n), backbone)
+    policy = Policy(Config(num_rollouts=n, score_rollouts=n, enforce_eager=enforce_eager), backbone)
     policy.stop_ids = set()
     return policy
 
-def bench(size: str, images: int, n: int, steps: int, compare: bool, json_file: str):
+BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12, "MI250X": 1.6e12}  # bytes a second; MI250X: of a GCD
+
+def least_ms_a_token(policy, rows, length, card):
+    """Milliseconds that a card needs to read the language model's weights and the cache of `rows` once, in words."""
+    config = policy.hf.config.get_text_config()
+    weights = [*policy.hf.get_decoder().parameters(), policy.lm_head.weight]
+    of_weights = sum(weight.numel() * weight.element_size() for weight in weights)
+    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    of_cache = rows * length * config.num_hidden_layers * 2 * width * policy.hf.dtype.itemsize
+    for name, speed in BANDWIDTH.items():
+        if name in card:
+            return f", of which memory alone takes {1000 * (of_weights + of_cache) / speed:.2f}"
+    return ""
+
+def bench(size, images, n, steps, compare, enforce_eager, json_file):
     """Seconds per step. A Proposer update counts with its share of the steps."""
     with result_file(json_file) as result:
-        result |= time_steps(size, images, n, steps, compare)
+        result |= time_steps(size, images, n, steps, compare, enforce_eager)
 
-def time_steps(size: str, images: int, n: int, steps: int, compare: bool) -> dict:
+def time_steps(size, images, n, steps, compare, enforce_eager):
     """Medians over the steps; prints them, and in brackets the range."""
     _, (_, image_size, text_length, question, solution) = SIZES[size]
-    policy = random_policy(size, n)
+    policy = random_policy(size, n, enforce_eager)
     learners = {role: ir.Learner(policy, role) for role in ir.ROLES}
     image = Image.effect_noise(image_size, 100).convert("RGB")
     prompt = Prompt(image, "x" * text_length)  # a byte is a token
@@ -823,14 +835,21 @@ def time_steps(size: str, images: int, n: int, steps: int, compare: bool) -> dic
     totals = [sum(step.values()) for step in ours]
     seconds = median(totals)
     peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    sampling = phases["propose"] + phases["solve"]
+    sampled = images * (question + n * solution)
     result = {
         "seconds_per_step": seconds, "phases": phases,
-        "tokens_per_second": images * (question + n * solution) / seconds,
+        "tokens_per_second": sampled / seconds, "ms_per_token": 1000 * sampling / (question + solution),
+        "captured": gpu and policy.captures,
         "images_per_hour": images * 3600 / seconds,
         "peak_memory_bytes": peak, "naive_seconds_per_step": None, "ratio": None,
     }
     for phase, value in phases.items():
         print(f"{phase:<10} {value:8.3f} s {value / seconds:5.0%}")
+    least = least_ms_a_token(policy, images * n, prompt_length + solution, processor)
+    how = "captured" if result["captured"] else "plain calls"
+    print(f"{'sampling':<10} {sampling:8.3f} s, {sampled / sampling:.0f} tokens/s, {result['ms_per_token']:.2f} ms for a "
+          f"token of all rows{least}; {how}")
     print(f"{'step':<10} {seconds:8.3f} s [{min(totals):.3f}, {max(totals):.3f}], "
           f"{result['tokens_per_second']:.0f} tokens/s, {result['images_per_hour']:.0f} images/hour, "
           f"peak memory {peak / 2**30:.2f} GiB")
@@ -865,7 +884,7 @@ STUDY_COLUMNS = {
 }
 T_QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]  # 0.975, 1 to 10 degrees
 
-def shuffled(rollouts: list, embeddings: list, lam: float, config: Config, question: str) -> dict:
+def shuffled(rollouts, embeddings, lam, config, question):
     """The control, a reward: the step rewards of a majority permuted among its members. The same values without their
     content. The permutation depends on the question and its replies alone."""
     rewards = ir.group_rewards(rollouts, embeddings, lam, config, question)
@@ -876,8 +895,8 @@ def shuffled(rollouts: list, embeddings: list, lam: float, config: Config, quest
     r_sol = ir.mix_rewards(numpy.array(rewards["r_ans"]), r_step, lam)
     return rewards | {"r_step": r_step.tolist(), "r_sol": r_sol.tolist()}
 
-def study(folder: Path, rows: list[str], cancels: list[float], seeds: list[int], settings: dict, workers: int,
-          only_table: bool):
+def study(folder, rows, cancels, seeds, settings, workers,
+          only_table):
     """The demo over a grid, one JSON per run in a folder. Finished runs are skipped, so it can be stopped at any time
     and continued by the same command. Ends with a table, and a picture in the folder."""
     if folder.exists() and not folder.is_dir():
@@ -890,7 +909,7 @@ def study(folder: Path, rows: list[str], cancels: list[float], seeds: list[int],
     print_tables(tables)
     draw_study(tables, folder / "study.png")
 
-def plan_run(folder: Path, row: str, cancel: float, seed: int, settings: dict) -> tuple:
+def plan_run(folder, row, cancel, seed, settings):
     """(JSON file, settings, cancel, reward) of a run."""
     advantage, _, reward = row.partition(":")
     of_variant, _ = VARIANTS.get(reward, ({}, False))
@@ -901,7 +920,7 @@ def plan_run(folder: Path, row: str, cancel: float, seed: int, settings: dict) -
     own = {"advantage": advantage, "seed": seed, "run_name": file.stem, "output_dir": str(folder / "runs")}
     return file, {**ir.PRESETS[preset], **of_variant, **settings, **own, "resume": True}, cancel, reward
 
-def make_runs(runs: list[tuple], workers: int):
+def make_runs(runs, workers):
     """Each in a process of its own. Whatever ends this function ends those too; they save where they are."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, which only this process heeds
     ir.say(f"{len(runs)} runs to make, {workers} at a time")
@@ -916,7 +935,7 @@ def make_runs(runs: list[tuple], workers: int):
     except KeyboardInterrupt:
         raise UserError("study: interrupted. The same command continues")
 
-def make_run(run: tuple):
+def make_run(run):
     """The run's JSON is there as a whole or not at all."""
     file, settings, cancel, reward = run
     folder = Path(settings["output_dir"])
@@ -934,7 +953,7 @@ def make_run(run: tuple):
         part.write_text(json.dumps(result, indent=2) + "\n")
         part.rename(file)
 
-def measure_pay(run: Path) -> dict:
+def measure_pay(run):
     """What the majorities of a run paid to sound traces and not to unsound ones, over its well-posed questions."""
     rows = []
     truth = {}
@@ -955,7 +974,7 @@ def measure_pay(run: Path) -> dict:
     return {"r_ans": fmean(ans_gaps), "r_step": fmean(step_gaps), "sound_paid_more": fmean(sum(wins, [])),
             "groups": len(wins)}
 
-def measure_traces(run: Path) -> dict:
+def measure_traces(run):
     """Do the traces collapse into one template? In the first and the last 20 steps: mean steps a trace, and the share
     of different traces among the N of a question."""
     rows = [row for row in ir.read_jsonl(run / "rollouts.jsonl") if row["question"]]
@@ -967,7 +986,7 @@ def measure_traces(run: Path) -> dict:
         result[f"distinct_{name}"] = fmean(len(set(row["texts"])) / len(row["texts"]) for row in part)
     return result
 
-def compare_pay(rows: list[dict], reward: str) -> tuple:
+def compare_pay(rows, reward):
     """For each majority with sound and unsound traces: what the sound ones were paid more on average, and for each pair
     of one of both kinds 1 if the sound one was paid more, 0.5 if both were paid the same, else 0."""
     gaps = []
@@ -984,7 +1003,7 @@ def compare_pay(rows: list[dict], reward: str) -> tuple:
             wins.append((0.5 + signs / 2).flatten().tolist())
     return gaps, wins
 
-def t_interval(values: list[float]) -> float:
+def t_interval(values):
     """Half the 95 % t-interval of a mean; NaN for a single value."""
     freedom = len(values) - 1
     if freedom == 0:
@@ -994,7 +1013,7 @@ def t_interval(values: list[float]) -> float:
         t = T_QUANTILES[freedom - 1]
     return t * stdev(values) / math.sqrt(freedom + 1)
 
-def collect_tables(folder: Path) -> dict:
+def collect_tables(folder):
     """cancel -> row -> seed -> numbers."""
     tables = defaultdict(lambda: defaultdict(dict))
     for file in sorted(folder.glob("cancel*.json")):
@@ -1008,7 +1027,7 @@ def collect_tables(folder: Path) -> dict:
         raise UserError(f"{folder}: holds no finished run")
     return tables
 
-def print_tables(tables: dict):
+def print_tables(tables):
     """Mean ± standard deviation over the seeds. Δ: less `evolmm` with the same advantage, paired by seed, ± the 95 %
     t-interval."""
     for cancel, rows in tables.items():
@@ -1026,7 +1045,7 @@ def print_tables(tables: dict):
                 cells.append(f"{fmean(gains):+.3f} ± {t_interval(gains):.3f}" if gains else "")
             print(f"| {' | '.join(cells)} |")
 
-def draw_study(tables: dict, out: Path):
+def draw_study(tables, out):
     """Sound traces by reward, a panel for each share of errors that cancel."""
     try:
         from matplotlib.figure import Figure
@@ -1078,7 +1097,7 @@ PLAIN_MATH = [  # how models write claims -> as `is_plausibly_sound` reads them;
 SUM = r"\d+(?: ?\+ ?\d+)*"
 CLAIM = rf"(?<![\d.%-])(?<![%-] )({SUM}(?: ?= ?{SUM})*)(?! ?[%-]|\.?\d)(?:[ ,;=]*(even|odd)\b)?"
 
-def is_plausibly_sound(text: str, dice: Dice, colors: list[str]) -> bool:
+def is_plausibly_sound(text, dice, colors):
     """A lenient verifier of free text, whose answer is known to be right: every sum, every reading of a die and every
     parity that it states in a form that can be read here is true, and the true total is stated. What cannot be read
     passes, as does the sum of other dice with the same total."""
@@ -1102,7 +1121,7 @@ class TextModel:
     tokenize = Policy.tokenize
     embed_steps = Policy.embed_steps
 
-    def __init__(self, config: Config):
+    def __init__(self, config):
         self.config = config
         self.device = ir.resolve_device(config.device)
         with ir.blame(f"--model {config.model}: not a text model with a chat template, here or on the Hub"):
@@ -1111,7 +1130,7 @@ class TextModel:
         self.hf = self.pipe.model
         self.tokenizer = self.pipe.tokenizer
 
-    def sample(self, role, prompts: list[Prompt], num_samples: int, max_new_tokens: int, temperature: float, seed: int):
+    def sample(self, role, prompts, num_samples, max_new_tokens, temperature, seed):
         """From the plain softmax, whatever the checkpoint's own settings for sampling are."""
         chats = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
         torch.manual_seed(seed)
@@ -1120,7 +1139,7 @@ class TextModel:
             do_sample=True, temperature=temperature, top_k=0, top_p=1.0, repetition_penalty=1.0, return_full_text=False)
         return [[Completion([], None, reply["generated_text"], True) for reply in replies] for replies in samples]
 
-def premise(settings: dict, questions: int, described: bool, json_file: str):
+def premise(settings, questions, described, json_file):
     """What a model answers to questions about dice before any training, and whether the step reward would pay it for
     sound reasoning. Free text is judged leniently, by `is_plausibly_sound`."""
     if questions < 1:
@@ -1137,7 +1156,7 @@ def premise(settings: dict, questions: int, described: bool, json_file: str):
         result |= weigh_premise(rows)
         result["predictions"] = rows
 
-def answer_questions(model: TextModel | Policy, count: int, rng: random.Random, described: bool) -> list[dict]:
+def answer_questions(model, count, rng, described):
     """Rows of questions about dice with N replies each, and what the step reward pays them."""
     config = model.config
     rows = []
@@ -1163,7 +1182,7 @@ def answer_questions(model: TextModel | Policy, count: int, rng: random.Random, 
         row["r_step"] = rewards["r_step"]
     return rows
 
-def weigh_premise(rows: list[dict]) -> dict:
+def weigh_premise(rows):
     """Prints and returns the numbers, each as [value, low, high, count], with 95 % intervals: Wilson's for shares, with
     the number of questions for n, since the replies to one question are alike; Student's for the gap of r_step."""
     flags = defaultdict(list)  # name -> for each question a list of truth values
@@ -1195,7 +1214,7 @@ def weigh_premise(rows: list[dict]) -> dict:
 
 # ==== Command line ====================================================================================================
 
-def run_command(command: str, argv: list[str]):
+def run_command(command, argv):
     """Reads the command line of a command that ireasoner.py does not have, and runs it."""
     if command not in COMMANDS:
         raise UserError(f"{command}: no such command; there are train, ask, {', '.join(COMMANDS)}")
@@ -1257,9 +1276,11 @@ def run_bench(argv):
     parser.add_argument("--num_rollouts", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--compare", action="store_true", help="also time the plain loop, in turn")
+    parser.add_argument("--enforce_eager", action="store_true", help="on a GPU: without a captured decode step")
     add_json(parser)
     _, own = parser.read(argv)
-    bench(own["size"], own["images"], own["num_rollouts"], own["steps"], own["compare"], own["json"])
+    options = (own["steps"], own["compare"], own["enforce_eager"], own["json"])
+    bench(own["size"], own["images"], own["num_rollouts"], *options)
 
 COMMANDS = {"demo": run_demo, "eval": run_eval, "report": run_report, "study": run_study, "premise": run_premise,
             "bench": run_bench}
@@ -1995,38 +2016,28 @@ def test_a_captured_decode_step_samples_what_plain_calls_sample(policy, role):
 
 def test_steps_that_no_graph_can_replay_are_told_apart():
     """Each of these mistakes, made in `sample`, makes the test above fail."""
-    class State:
-        count = 0
-        total = torch.zeros(1)
+    state = {}
+    def in_place():
+        state["sum"].add_(state["sum"] + 1)
 
-    def number_in_python(state):
-        state.count += 1
-        state.total.add_(state.count)
+    def another_tensor():
+        state["sum"] = state["sum"] * 2 + 1
 
-    def another_tensor(state):
-        state.total = state.total + 1
+    def number_in_python():
+        state["count"] += 1
+        state["sum"].add_(2 ** state["count"])
 
-    def number_read(state):
-        state.total.add_(state.total.item() + 1)
+    def number_read():
+        state["sum"].add_(state["sum"].item() + 1)
 
-    def in_place(state):
-        state.total.add_(state.total + 1)
-
-    for step, expected in ((in_place, 7.0), (number_in_python, 6.0), (another_tensor, 3.0)):
-        state = State()
-        state.total = torch.zeros(1)
-        replay = record(functools.partial(step, state))
-        state.count = 0
+    for step, is_replayed in ((in_place, True), (another_tensor, False), (number_in_python, False)):
+        state.update(sum=torch.zeros(1), count=-1)
+        replay = record(step)
         for _ in range(3):
             replay()
-        right = State()
-        right.total = torch.zeros(1)
-        for _ in range(3):
-            step(right)
-        assert right.total.item() == expected
-        assert (state.total.item() == expected) == (step is in_place)
+        assert (state["sum"].item() == 7) == is_replayed  # 1 + 2 + 4
     with pytest.raises(RuntimeError, match="not permitted"):
-        record(functools.partial(number_read, State()))
+        record(number_read)
 
 @pytest.mark.parametrize("enforce_eager, error, captures", [
     (True, None, 0),
@@ -2280,13 +2291,15 @@ def fake_sample(monkeypatch, reply):
     monkeypatch.setattr(Policy, "sample", Mock(side_effect=sample))
 
 def test_training_writes_what_the_figures_need(straight_run):
-    rows = metrics(straight_run)
+    rows = list(ir.read_jsonl(straight_run / "metrics.jsonl"))
     groups = list(ir.read_jsonl(straight_run / "rollouts.jsonl"))
     assert rows[-1]["lambda"] == pytest.approx(0.7)
     assert abs(rows[0]["kl_solver"]) < 1e-6 < rows[-1]["kl_solver"]
     keys = "entropy density step_cosine r_sol r_ans r_step group_size comparable_steps num_steps invalid majority"
     for row in rows:
         assert ("kl_proposer" in row) == (row["step"] % 2 == 0)
+        sampled = sum(group["tokens"] for group in groups if group["step"] == row["step"])
+        assert row["tokens_per_second"] * row["seconds"] == pytest.approx(sampled)
         asked = [group for group in groups if group["step"] == row["step"] and group["question"]]
         for key in keys.split():
             values = [value for group in asked for value in ir.numbers(group[key], 3)]
@@ -2802,6 +2815,7 @@ def test_a_bug_in_one_rank_ends_all_and_keeps_its_traceback(four):
     assert process.returncode == 1
     assert re.search(r", in train\n[\s\S]*ZeroDivisionError: a bug\n", process.stderr), process.stderr
 
+@slow
 def test_ranks_give_the_numbers_of_one_process_however_often_they_are_killed(world, straight_run, tmp_path):
     settings = train_settings(world, tmp_path, images_per_rank=2, save_every=1)
     calm = run_8gpu(2, settings | {"run_name": "calm"})
