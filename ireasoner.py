@@ -208,7 +208,7 @@ PRESETS = {  # the rows of the paper's tables, for Config(**PRESETS["evolmm"], d
 }
 PRESETS = {name: {"run_name": f"{name}_seed{{seed}}", **row} for name, row in PRESETS.items()}
 
-def derive_seed(*keys) -> int:
+def derive_seed(*keys):
     """Mixes integers and strings into one seed, the same on every machine; near keys give unrelated seeds."""
     return int(hashlib.blake2b(repr(keys).encode(), digest_size=8).hexdigest(), 16) >> 1
 
@@ -1391,7 +1391,7 @@ class Episode:
     rewards: dict = field(default_factory=lambda: {"r_prop": 0.0})
     watch: dict = field(default_factory=dict)   # signs of collapse, at some steps
 
-def train(config: Config, reward=group_rewards) -> Path:
+def train(config: Config, reward=group_rewards):
     """Self-evolution on folders of images. `reward` is called as `group_rewards` is. Returns the run folder."""
     device = resolve_device(config.device)
     # Fail early, before the ranks wait for each other: without images, a readable one, the backbone's files
@@ -1683,18 +1683,18 @@ def main(argv=None):
     except KeyboardInterrupt:
         message = "interrupted"
     status = 2 if message else 0
-    if not dist.is_initialized():
-        # Before the ranks have joined, all of them are refused alike: the first of each node says why
-        if message and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"ireasoner: {message}", file=sys.stderr)
-        return status
-    # The first rank that fails says why, for all, and ends torchrun, which would only start the refused run again
-    if message and dist.distributed_c10d._get_default_store().add("failures", 1) == 1:
-        print(f"ireasoner: {message}", file=sys.stderr, flush=True)
+    # Before the ranks have joined, the last of each node says why they failed: where GPUs are too few, it has none
+    speaks = int(os.environ.get("LOCAL_RANK", 0)) + 1 == int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if message and dist.is_initialized():  # then the first that fails does
+        speaks = dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+    if message and speaks:
+        print(f"ireasoner: {message}", file=sys.stderr)
         if "TORCHELASTIC_RUN_ID" in os.environ and not stopped:
-            os.kill(os.getppid(), signal.SIGTERM)
-    sys.stdout.flush()
-    os._exit(status)  # threads of gloo abort one interpreter in fifty that ends in the usual way
+            os.kill(os.getppid(), signal.SIGTERM)  # torchrun would start the refused run again
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(status)  # threads of gloo abort one interpreter in fifty that ends in the usual way
+    return status
 
 if __name__ == "__main__":
     sys.exit(main())

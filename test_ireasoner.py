@@ -2846,11 +2846,10 @@ def test_what_rank_zero_refuses_all_refuse_in_one_line(world, straight_run, tmp_
     before = snapshot(run)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "--max-restarts=2",
                HERE / "ireasoner.py", *flags(train_settings(world, tmp_path))]
-    for more, words in (([], "holds a run already"), (["--lr=7"], "must be in"), (["--data=nowhere"], "not a folder")):
+    for more, words in (([], "holds a run already"), (["--lr=7"], "must be in")):  # after they have joined, and before
         process = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
-        said = re.findall("^ireasoner: .*", process.stderr, re.M)
-        assert [words in line for line in said] == [True] * len(said)
-        assert len(said) == 1 or more  # before they have joined, each attempt says it once
+        [said] = re.findall("^ireasoner: .*", process.stderr, re.M)
+        assert words in said
         assert process.returncode != 0
     assert snapshot(run) == before
 
