@@ -299,7 +299,7 @@ def trajectory_agreement(r_ij: torch.Tensor, decay: float = 0.15) -> torch.Tenso
     weighted = w * r_ij.nan_to_num(0.0)
     return weighted.sum(dim=1) / w.sum(dim=1).clamp_min(1e-30)
 
-def trace_overlap(traces: list[list[str]], group: list[int], pattern: str = r"\d+") -> torch.Tensor:
+def trace_overlap(traces: list[list[str]], group: list[int], pattern: str = r"\d+"):
     """r_tilde for --step_similarity numbers [ours]: the mean, over the other members k of the group, of the Jaccard
     index of what `pattern` finds in all steps of i and of k, traces[i] and traces[k], in lower case: (|G|,). 0 where
     there is nothing to compare."""
@@ -466,7 +466,7 @@ class Rollout:
     words_before_answer: int
 
     @property
-    def vote(self) -> str | None:
+    def vote(self):
         """a_i, the normalized answer; None if the rollout is invalid: no complete <answer>, or an empty one."""
         return normalize_answer(self.answer or "") or None
 
@@ -489,7 +489,7 @@ def parse_question(text: str) -> str | None:
 
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.I | re.S)
 
-def parse_rollout(text: str, max_steps: int = 8) -> Rollout:
+def parse_rollout(text: str, max_steps: int = 8):
     """Splits a Solver reply into trace t_i, steps s_ij and answer a_i (section 3.1). The trace is all before the last
     complete <answer>, since models often close <think> after a sentence and number their steps behind it."""
     answer = None
@@ -719,7 +719,9 @@ class Policy:
     def save(self, folder):
         """Writes folder/solver and folder/proposer, PEFT adapters with the backbone's tokenizer and processor files,
         copied byte for byte, since what one version of transformers writes may not load in an older one."""
-        self.peft.save_pretrained(str(folder), selected_adapters=list(ROLES), save_embedding_layers=False)
+        weights = {name: w.data.cpu() for name, w in self.peft.named_parameters() if ".lora_" in name}
+        self.peft.save_pretrained(str(folder), selected_adapters=list(ROLES), state_dict=weights,
+                                  save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         for file in checkpoint_folder(self.config.model).iterdir():
             if re.search(TEXT_FILES, file.name):
@@ -901,9 +903,9 @@ class Policy:
         return Completion(ids[:length], logprobs[:length].clone(), text, finished=bool(stops))
 
     def score(self, role: str | None, prompt: Prompt, completions: list[Completion],
-              temperature: float = 1.0) -> Scores:
-        """Log-probabilities of sampled completions, conditioned on the image, and their KL to the reference. The role
-        stays active, for the backward pass."""
+              temperature: float = 1.0):
+        """The Scores of sampled completions: log-probabilities, conditioned on the image, and KL to the reference. The
+        role stays active, for the backward pass."""
         prompt = Prompt(self.encode(prompt.image), prompt.text)  # once for both passes
         with torch.no_grad(), self.adapter(None):
             ref_hidden = self.completion_hidden(prompt, completions)  # (M, d)
@@ -935,7 +937,7 @@ class Policy:
         return torch.cat([h[:len(row)] for h, row in zip(hidden, rows)])
 
     @torch.no_grad()
-    def embed_steps(self, steps: list[str]) -> torch.Tensor:
+    def embed_steps(self, steps: list[str]):
         """f(s) of section 3.2: the l2-normalized sum, so also the mean, of a step's token embeddings: (J, d), CPU. An
         empty step stays zero."""
         table = self.hf.get_input_embeddings().weight
@@ -1084,7 +1086,7 @@ class Learner:
                 self.exchange().backward()
 
     def update(self, prompts: list[Prompt], completions: list[list[Completion]], rewards: list[list[float]],
-               learn: bool = True) -> dict:
+               learn: bool = True):
         """One optimizer step over all rollouts of all ranks (Eq 7), then beta (Eq 8) and the baseline; without `learn`
         the baseline alone. The lists have one entry per question (Proposer: image) of this rank. Returns what to log.
         If the gradient norm or the KL is not finite, all ranks skip the update; the fifth skip raises UserError."""
@@ -1507,13 +1509,12 @@ def numbers(value, n):
 def ask_about_another_image(policy, asked, paths, step, first_image):
     """Looks for collapse: asks each question about the run's next image too. Where two rollouts about different images
     agree as often as two about one, no answer comes from the picture. Alters no training number."""
-    config = policy.config
     others = []
     for e in asked:
-        path, image = load_next_image(paths, config.seed, first_image + e.slot + 1)
+        path, image = load_next_image(paths, policy.config.seed, first_image + e.slot + 1)
         others.append(dataclasses.replace(e, path=path, image=policy.encode(image)))
     solve(policy, others, step, "another image")
-    n = config.num_rollouts
+    n = policy.config.num_rollouts
     for e, other in zip(asked, others):
         here = Counter(rollout.vote for rollout in e.rollouts if rollout.vote)
         there = Counter(rollout.vote for rollout in other.rollouts if rollout.vote)
@@ -1558,9 +1559,8 @@ def log_step(run, config, rows, stats, seconds):
     asked = [row for row in rows if row["question"]]
     if asked:
         print_step(config, metrics, asked[0])
-    silent = [row for row in rows if not row["question"]]
-    if silent:
-        say(f"    {len(silent)} of {len(rows)} proposals held no question, such as {silent[0]['proposal'][:60]!r}")
+    if len(asked) < len(rows):
+        say(f"    {len(rows) - len(asked)} of {len(rows)} proposals held no question: see `proposal` in rollouts.jsonl")
 
 # Edit these to print another metric; what a step does not have is "nan"
 STEP_LINE = ("{step:5.0f}/{total_steps} | H {entropy:.2f} (valid {entropy_valid:.2f}) maj {group_size:.1f} "
@@ -1692,7 +1692,6 @@ def main(argv=None):
         if "TORCHELASTIC_RUN_ID" in os.environ and not stopped:
             os.kill(os.getppid(), signal.SIGTERM)  # torchrun would start the refused run again
     if dist.is_initialized():
-        sys.stdout.flush()
         os._exit(status)  # threads of gloo abort one interpreter in fifty that ends in the usual way
     return status
 
