@@ -1527,7 +1527,7 @@ def log_row(e, step, lam):
     votes = [rollout.vote for rollout in e.rollouts]
     own = {
         "step": step, "lambda": lam, "image": str(e.path),
-        "proposal": e.proposal.text, "question": e.question,
+        "proposal": e.proposal.text, "question": e.question, "no_question": e.question is None,
         "texts": [rollout.text for rollout in e.rollouts],
         "steps": [rollout.steps for rollout in e.rollouts],
         "num_steps": [len(rollout.steps) for rollout in e.rollouts],
@@ -1559,13 +1559,13 @@ def log_step(run, config, rows, stats, seconds):
     asked = [row for row in rows if row["question"]]
     if asked:
         print_step(config, metrics, asked[0])
-    if len(asked) < len(rows):
-        say(f"    {len(rows) - len(asked)} of {len(rows)} proposals held no question: see `proposal` in rollouts.jsonl")
+    else:
+        say(f"{rows[0]['step']:5d}/{config.total_steps} | no proposal held a question: see them in rollouts.jsonl")
 
 # Edit these to print another metric; what a step does not have is "nan"
 STEP_LINE = ("{step:5.0f}/{total_steps} | H {entropy:.2f} (valid {entropy_valid:.2f}) maj {group_size:.1f} "
              "bad {invalid:.0%} | r_ans {r_ans:.2f} r_step {r_step:.2f} lam {lambda:.2f} r_sol {r_sol:.2f} "
-             "r_prop {r_prop:.2f} | KL {kl_solver:.4f} beta {beta_solver:.4f} | {seconds:.2f} s "
+             "r_prop {r_prop:.2f} no question {no_question:.0%} | KL {kl_solver:.4f} beta {beta_solver:.4f} | {seconds:.2f} s "
              "{tokens_per_second:.0f} tok/s, {left:.0f} min left")
 WATCH_LINE = ("    watch: two replies agree {pair_agreement:.0%}, two about different images {swapped_agreement:.0%}; "
               "distinct questions {distinct_questions:.0%}")

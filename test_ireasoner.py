@@ -1743,6 +1743,21 @@ def test_an_equation_needs_libraries_and_at_most_six_more_functions(name):
             needed.append(other)
     assert len(needed) <= 7
 
+OTHER_NAMES = {"decay": "position_decay", "min_group": "min_group_size", "target": "kl_target", "rate": "kl_adapt_rate",
+               "beta_min": "kl_coef_min", "beta_max": "kl_coef_max", "mu": "entropy_mu", "sigma": "entropy_sigma",
+               "momentum": "baseline_momentum", "lam_max": "lambda_max", "schedule": "lambda_schedule",
+               "kind": "advantage", "reduction": "logprob_reduction"}
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_the_defaults_of_an_equation_are_those_of_its_settings(name):
+    for parameter in inspect.signature(getattr(ir, name)).parameters.values():
+        setting = OTHER_NAMES.get(parameter.name, parameter.name)
+        if name == "length_excess":
+            setting = "target_words"
+        if parameter.default is not parameter.empty and hasattr(Config, setting):
+            wanted = 1 if name == "leave_one_out_similarity" else getattr(Config(), setting)
+            assert parameter.default == wanted, parameter.name
+
 def test_another_similarity_in_one_line_changes_reward_and_log(monkeypatch):
     monkeypatch.setattr(ir, "step_similarity", lambda embeddings, group, min_group: torch.tensor([[0.25], [0.5]]))
     rollouts = [ir.parse_rollout("<answer>1</answer>")] * 2
@@ -2379,7 +2394,7 @@ def test_a_step_without_a_question_says_so(world, tmp_path, monkeypatch, capsys)
     fake_sample(monkeypatch, lambda prompt: "no idea")
     trained(world, tmp_path, total_steps=1)
     out = capsys.readouterr().out
-    assert "4 of 4 proposals held no question" in out
+    assert "1/1 | no proposal held a question" in out
     assert "nan" not in out
 
 # ---- A reward of one's own, the watch for collapse, tools and bad input ----------------------------------------------
