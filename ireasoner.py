@@ -1565,8 +1565,8 @@ def log_step(run, config, rows, stats, seconds):
 # Edit these to print another metric; what a step does not have is "nan"
 STEP_LINE = ("{step:5.0f}/{total_steps} | H {entropy:.2f} (valid {entropy_valid:.2f}) maj {group_size:.1f} "
              "bad {invalid:.0%} | r_ans {r_ans:.2f} r_step {r_step:.2f} lam {lambda:.2f} r_sol {r_sol:.2f} "
-             "r_prop {r_prop:.2f} no question {no_question:.0%} | KL {kl_solver:.4f} beta {beta_solver:.4f} | {seconds:.2f} s "
-             "{tokens_per_second:.0f} tok/s, {left:.0f} min left")
+             "r_prop {r_prop:.2f} no question {no_question:.0%} | KL {kl_solver:.4f} beta {beta_solver:.4f} | "
+             "{seconds:.2f} s {tokens_per_second:.0f} tok/s, {left:.0f} min left")
 WATCH_LINE = ("    watch: two replies agree {pair_agreement:.0%}, two about different images {swapped_agreement:.0%}; "
               "distinct questions {distinct_questions:.0%}")
 
