@@ -1229,6 +1229,8 @@ def run_demo(argv):
                         help="share of the mistaught sums whose error leaves the answer right; default 0.5")
     add_json(parser)
     settings, own = parser.read(argv)
+    if settings.get("dry_run"):
+        raise UserError("demo --dry_run: the demo makes its own pictures and model, so there is nothing to check")
     demo(settings, own["cancel"], own["json"])
 
 def run_eval(argv):
@@ -1249,7 +1251,7 @@ def run_report(argv):
     report(own["runs"], own["out"])
 
 def run_study(argv):
-    of_grid = ("advantage", "seed", "run_name", "output_dir", "resume")
+    of_grid = ("advantage", "seed", "run_name", "output_dir", "resume", "dry_run")
     parser = ir.Parser("study", [name for name in ir.ALL_SETTINGS if name not in of_grid], DEMO)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="default 0 to 4")
