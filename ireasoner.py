@@ -178,9 +178,10 @@ class Config:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             allowed = f.metadata["allowed"]
-            fits = allowed is None or value in allowed
             if isinstance(allowed, tuple):
                 fits = allowed[0] <= value <= allowed[1]
+            else:
+                fits = allowed is None or value in allowed
             if not fits:
                 raise UserError(f"--{f.name} {value} ({f.metadata['meaning']}): must be in {allowed}")
         if not self.kl_coef_min <= self.kl_coef <= self.kl_coef_max:
@@ -1631,8 +1632,8 @@ class Parser(argparse.ArgumentParser):
             description=(__doc__ or "").split("\n\nWhere the defaults")[0],
             formatter_class=argparse.RawDescriptionHelpFormatter)
         self.settings = settings
+        kinds = {bool: {"action": "store_true"}, tuple: {"nargs": "+"}}
         for f in dataclasses.fields(Config):
-            kinds = {bool: {"action": "store_true"}, tuple: {"nargs": "+"}}
             options = kinds.get(f.type, {"type": f.type, "metavar": "X"})
             if isinstance(f.metadata["allowed"], list):
                 options = {"choices": f.metadata["allowed"]}

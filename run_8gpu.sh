@@ -27,7 +27,7 @@ if [ "${DEVICE:-auto}" = cpu ]; then
 fi
 set -- "$@" --resume
 # Too few or occupied GPUs would only show minutes later, as a hang or an out-of-memory error of some rank.
-"$python" - "$nproc" "${MIN_FREE_GB:-48}" "${DEVICE:-auto}" <<'PYTHON'
+"$python" - "$nproc" "${MIN_FREE_GB:-48}" "${DEVICE:-auto}" <<'PYTHON' || exit 2
 import sys
 
 import torch

@@ -2361,6 +2361,13 @@ def test_resume_goes_on_with_the_next_images_also_to_another_length(
     assert first.kwargs["id"] == second.kwargs["id"]
     assert wandb.log.call_count == 2
 
+def test_a_resumed_run_tells_that_the_folder_holds_more_images(world, straight_run, tmp_path, capsys):
+    shutil.copytree(straight_run, tmp_path / "run")
+    images = shutil.copytree(world / "images", tmp_path / "images")
+    shutil.copy(images / "0000.png", images / "more.png")
+    trained(world, tmp_path, data=str(images), total_steps=7, resume=True)
+    assert "there were 24 images before" in capsys.readouterr().out
+
 @pytest.mark.parametrize("owner, name, error, advice", [
     (torch, "save", OSError("No space left"), "--resume goes on"),
     (Policy, "score", torch.OutOfMemoryError("2 GiB\nmore"), "Lower --score_rollouts")])
@@ -2983,10 +2990,12 @@ def test_a_renamed_copy_trains_as_edited(world, tmp_path, others, launcher):
 
 def test_commands_of_the_tests_file_run_the_copy_that_was_started(tmp_path):
     copy = edited_copy(tmp_path / "code", "ireasoner.py", "test_ireasoner.py")
-    (tmp_path / "code/test_ireasoner.py").write_text(
-        (HERE / "test_ireasoner.py").read_text() + '\nCOMMANDS["bench"] = lambda argv: print(ir.proposer_prompt())\n')
+    with open(tmp_path / "code/test_ireasoner.py", "a") as file:  # a command that asks itself, and a worker as of `study`
+        file.write("def asked(*_):\n    return ir.proposer_prompt()\n"
+                   "def ask_both(argv):\n    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+                   "        print(asked(), *pool.map(asked, [0]))\nCOMMANDS['bench'] = ask_both\n")
     process = subprocess.run([sys.executable, copy, "bench"], capture_output=True, text=True, timeout=120)
-    assert "MY EDIT" in process.stdout, process.stderr
+    assert process.stdout.count("MY EDIT") == 2, process.stderr
     lonely = edited_copy(tmp_path / "lonely")
     process = subprocess.run([sys.executable, lonely, "bench"], capture_output=True, text=True, timeout=120)
     assert re.fullmatch("ireasoner: bench: .*test_ireasoner.*\n", process.stderr)
