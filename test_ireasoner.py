@@ -967,8 +967,8 @@ def measure_pay(run):
             colors = re.findall("|".join(dice), question)
             row["sound"] = [is_sound(text, dice, colors) for text in row["texts"]]
             rows.append(row)
-    ans_gaps, _ = compare_pay(rows, "r_ans")
-    step_gaps, wins = compare_pay(rows, "r_step")
+    ans_gaps, _ = compare_pay(rows, lambda row: row["r_ans"])
+    step_gaps, wins = compare_pay(rows, lambda row: row["r_step"])
     if not wins:
         return {}
     return {"r_ans": fmean(ans_gaps), "r_step": fmean(step_gaps), "sound_paid_more": fmean(sum(wins, [])),
@@ -986,17 +986,18 @@ def measure_traces(run):
         result[f"distinct_{name}"] = fmean(len(set(row["texts"])) / len(row["texts"]) for row in part)
     return result
 
-def compare_pay(rows, reward):
-    """For each majority with sound and unsound traces: what the sound ones were paid more on average, and for each pair
-    of one of both kinds 1 if the sound one was paid more, 0.5 if both were paid the same, else 0."""
+def compare_pay(rows, pay, key="sound", kinds=(True, False)):
+    """Inside right or other majorities, two kinds of rollouts by row[key], such as sound and unsound. For each question
+    with both: what the first kind is paid more on average, and for each pair of one of both kinds 1 if the first is paid
+    more, 0.5 if both are paid the same, else 0. `pay` takes a row and gives the pay of its N rollouts."""
     gaps = []
     wins = []
     for row in rows:
-        voted = numpy.array(row["majority"])
-        sound = numpy.array(row["sound"])
-        pay = numpy.array(row[reward])
-        more = pay[voted & sound]
-        less = pay[voted & ~sound]
+        of_kind = []
+        for kind in kinds:
+            members = [i for i, voted in enumerate(row["majority"]) if voted and row[key][i] == kind]
+            of_kind.append(numpy.array(pay(row))[members])
+        more, less = of_kind
         if more.size and less.size:
             gaps.append(more.mean() - less.mean())
             signs = numpy.sign(more[:, None] - less)
@@ -1116,52 +1117,71 @@ def is_plausibly_sound(text, dice, colors):
     total = sum(dice[color] for color in colors)
     return bool(re.search(rf"(?:\b(?:sum|total|add|combin)|\+)[^.\n]*\b{total}\b", text))
 
-class TextModel:
-    """A text model of transformers with the two methods of Policy that `premise` calls."""
-    tokenize = Policy.tokenize
-    embed_steps = Policy.embed_steps
+class TextModel(Policy):
+    """A text model of transformers in the place of a Policy: it samples in the same way, and sees no image."""
 
     def __init__(self, config):
         self.config = config
         self.device = ir.resolve_device(config.device)
         with ir.blame(f"--model {config.model}: not a text model with a chat template, here or on the Hub"):
-            self.pipe = transformers.pipeline("text-generation", config.model, device=self.device, dtype="auto")
-            self.pipe.tokenizer.get_chat_template()
-        self.hf = self.pipe.model
-        self.tokenizer = self.pipe.tokenizer
+            self.hf = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype="auto").to(self.device).eval()
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+            self.tokenizer.get_chat_template()
+        self.lm_head = self.hf.get_output_embeddings()
+        eos = self.hf.generation_config.eos_token_id
+        self.stop_ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        self.image_token_id = -1
+        self.image_mask_names = ()
+        self.has_3d_positions = False
+        self.captures = False
 
-    def sample(self, role, prompts, num_samples, max_new_tokens, temperature, seed):
-        """From the plain softmax, whatever the checkpoint's own settings for sampling are."""
-        chats = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
-        torch.manual_seed(seed)
-        samples = self.pipe(
-            chats, batch_size=len(chats), num_return_sequences=num_samples, max_new_tokens=max_new_tokens,
-            do_sample=True, temperature=temperature, top_k=0, top_p=1.0, repetition_penalty=1.0, return_full_text=False)
-        return [[Completion([], None, reply["generated_text"], True) for reply in replies] for replies in samples]
+    def adapter(self, role):
+        return contextlib.nullcontext()
 
-def premise(settings, questions, described, json_file):
-    """What a model answers to questions about dice before any training, and whether the step reward would pay it for
-    sound reasoning. Free text is judged leniently, by `is_plausibly_sound`."""
-    if questions < 1:
-        raise UserError(f"--questions {questions}: must be at least 1")
-    config = Config(**settings)
-    rng = random.Random(0)
-    rows = []
+    @functools.cached_property
+    def template(self):
+        turn = [{"role": "user", "content": "PROMPT-TEXT-SLOT"}]
+        chat = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        head, tail = chat.split("PROMPT-TEXT-SLOT")
+        return head, self.tokenizer(tail, add_special_tokens=False)["input_ids"]
+
+    def encode(self, image):
+        head, _ = self.template
+        return ir.EncodedImage(self.tokenizer(head, add_special_tokens=False)["input_ids"], {}, None)
+
+def premise(settings, questions, described, adapter="", pixels=336, batch=8, replies="", json_file=""):
+    """What a model answers to questions about dice, and whether a step reward would pay it for sound reasoning. Free
+    text is judged leniently, by `is_plausibly_sound`."""
+    if min(questions, pixels, batch) < 1:
+        raise UserError(f"--questions {questions} --pixels {pixels} --batch {batch}: must be at least 1")
+    if described and adapter:
+        raise UserError("--adapter: a text model has none. Leave --described out")
     with result_file(json_file) as result:
-        model = TextModel(config) if described else Policy(config)
+        rows = []
+        if replies and Path(replies).exists():
+            with ir.blame(f"--replies {replies}: must hold replies of an earlier premise"):
+                rows = [{**row, "pay": dict(row["pay"])} for row in ir.read_jsonl(Path(replies))]
+            ir.say(f"{len(rows)} questions are answered in {replies}")
+        if len(rows) < questions:
+            model, role = (TextModel(Config(**settings)), None) if described else ir.load_solver(settings, adapter)
         while len(rows) < questions:
-            batch = min(8, questions - len(rows))
-            rows += answer_questions(model, batch, rng, described)
+            numbers = range(len(rows), min(len(rows) + batch, questions))
+            new = answer_questions(model, role, numbers, described, pixels)
+            if replies:
+                ir.append_jsonl(Path(replies), new)
+            rows += new
             ir.say(f"{len(rows)} of {questions} questions")
         result |= weigh_premise(rows)
         result["predictions"] = rows
 
-def answer_questions(model, count, rng, described):
-    """Rows of questions about dice with N replies each, and what the step reward pays them."""
+def answer_questions(model, role, numbers, described, pixels):
+    """Rows of questions about dice, each with N replies, its greedy one and what the cosine pays. All random numbers
+    are keyed by a question's number."""
     config = model.config
     rows = []
     prompts = []
-    for _ in range(count):
+    for number in numbers:
+        rng = random.Random(ir.derive_seed("premise", number))
         image, dice = draw_dice(rng)
         question, colors, answer = dice_question(dice, rng)
         rows.append({"question": question, "dice": dice, "colors": colors, "answer": answer})
@@ -1169,47 +1189,127 @@ def answer_questions(model, count, rng, described):
         if described:
             shown = ", ".join(f"the {color} die shows {pips}" for color, pips in dice.items())
             text = f"The image shows three dice: {shown}.\n{text}"
-        prompts.append(Prompt(image.resize((336, 336)), text))
-    seed = ir.derive_seed(config.seed, rows[0]["question"])
-    samples = model.sample(None, prompts, config.num_rollouts, config.max_new_tokens_solver, config.temperature, seed)
-    for row, completions in zip(rows, samples):
+        prompts.append(Prompt(image.resize((pixels, pixels)), text))
+    prompts = encode_prompts(model, prompts)
+    seeds = [ir.derive_seed(config.seed, "premise", number) for number in numbers]
+    length = config.max_new_tokens_solver
+    samples = model.sample(role, prompts, config.num_rollouts, length, config.temperature, seeds)
+    greedy = model.sample(role, prompts, 1, length, temperature=0.0)
+    for row, completions, (best,) in zip(rows, samples, greedy):
         rollouts = [ir.parse_rollout(c.text) for c in completions]
         embeddings = [model.embed_steps(rollout.steps) for rollout in rollouts]
         rewards = ir.group_rewards(rollouts, embeddings, 1.0, config, row["question"])
         row["texts"] = [rollout.text for rollout in rollouts]
+        row["greedy"] = best.text
         row["votes"] = [rollout.vote for rollout in rollouts]
         row["majority"] = rewards["majority"]
-        row["r_step"] = rewards["r_step"]
+        _, group = ir.dominant_group(row["votes"])
+        r_tilde = ir.trajectory_agreement(ir.leave_one_out_similarity(embeddings, group), config.position_decay)
+        leave_one_out = ir.step_agreement(r_tilde, group, config.num_rollouts, config.gamma).tolist()
+        row["pay"] = {"cosine": rewards["r_step"], "leave-one-out cosine": leave_one_out}
     return rows
+
+PATTERNS = {  # likenesses of traces by what they have in common
+    "numbers": r"\d+",
+    "words": r"\w+",
+    "trigrams of words": r"\b(?=(\w+\W+\w+\W+\w+))",
+}
+RARITY = {  # by words, each weighted by log(rollouts / rollouts with it), over so many questions
+    "words, rare in all questions": 10**9,
+    "words, rare in 8 questions": 8,
+    "words, rare in the question": 1,
+}
+
+def add_likenesses(rows):
+    """row["pay"]: a name -> what this likeness of traces pays the N rollouts; beside the cosines, which are there."""
+    words = []  # for each row a set for each rollout
+    for row in rows:
+        rollouts = [ir.parse_rollout(text) for text in row["texts"]]
+        traces = [" ".join(rollout.steps).lower() for rollout in rollouts]
+        for name, pattern in PATTERNS.items():
+            row["pay"][name] = pay_overlap(row, [set(re.findall(pattern, trace)) for trace in traces])
+        words.append([set(re.findall(r"\w+", trace)) for trace in traces])
+        row["pay"]["fewer words"] = [-len(trace.split()) for trace in traces]
+    for name, size in RARITY.items():
+        for start in range(0, len(rows), size):
+            block = words[start:start + size]
+            rollouts = sum(block, [])
+            counts = Counter(word for found in rollouts for word in found)
+            rarity = {word: math.log(len(rollouts) / count) for word, count in counts.items()}
+            for row, found in zip(rows[start:start + size], block):
+                row["pay"][name] = pay_overlap(row, found, rarity)
+
+def pay_overlap(row, found, weights=defaultdict(lambda: 1.0)):
+    """`trace_overlap` with weights: the mean, over the other members of the majority, of the weight of what two traces
+    have in common, as a share of the weight of what either has."""
+    group = [i for i, voted in enumerate(row["majority"]) if voted]
+    r_tilde = torch.zeros(len(group))
+    for at, i in enumerate(group):
+        for k in group:
+            either = sum(weights[thing] for thing in found[i] | found[k])
+            if k != i and either:
+                both = sum(weights[thing] for thing in found[i] & found[k])
+                r_tilde[at] += both / either / (len(group) - 1)
+    return ir.step_agreement(r_tilde, group, len(found)).tolist()
+
+GRADES = {  # of a reply that was read: which are compared
+    "true over false": ("S", "F"),        # sound and complete; something false that matters
+    "true over incomplete": ("S", "P"),   # nothing false, the decisive part missing
+}
 
 def weigh_premise(rows):
     """Prints and returns the numbers, each as [value, low, high, count], with 95 % intervals: Wilson's for shares, with
-    the number of questions for n, since the replies to one question are alike; Student's for the gap of r_step."""
+    the number of questions for n, since the replies to one question are alike; Student's for gaps. Rows may have
+    "grades" of replies that were read."""
     flags = defaultdict(list)  # name -> for each question a list of truth values
     for row in rows:
         right = [vote == row["answer"] for vote in row["votes"]]
         row["sound"] = [is_plausibly_sound(text, row["dice"], row["colors"]) for text in row["texts"]]
         row["sound"] = [s and r for s, r in zip(row["sound"], right)]
         flags["invalid"].append([vote is None for vote in row["votes"]])
-        flags["right"].append(right)
-        flags["unsound_of_right"].append([not s for s, r in zip(row["sound"], right) if r])
-    gaps, flags["sound_paid_more"] = compare_pay(rows, "r_step")
-    result = {}
-    for name, lists in flags.items():
-        values = sum(lists, [])
-        if values:
-            share = fmean(values)
-            questions = sum(map(bool, lists))
-            result[name] = [share, *wilson_interval(share, questions), len(values)]
-    if gaps:
-        gap = fmean(gaps)
-        half = t_interval(gaps)
-        result["r_step_gap"] = [gap, gap - half, gap + half, len(gaps)]
-    for name, (value, low, high, count) in result.items():
-        ir.say(f"{name:<18} {value:6.3f} [{low:.3f}, {high:.3f}] of {count}")
-    if not gaps:
-        ir.say("sound_paid_more: no majority had both sound and unsound traces")
+        flags["right, mean@N"].append(right)
+        flags["right, maj@N"].append([ir.dominant_group(row["votes"])[0] == row["answer"]])
+        flags["right, greedy"].append([ir.parse_rollout(row["greedy"]).vote == row["answer"]])
+        flags["sound"].append(row["sound"])
+        flags["unsound of right"].append([not s for s, r in zip(row["sound"], right) if r])
+    result = {name: share_of(lists) for name, lists in flags.items() if any(lists)}
+    for name, numbers in result.items():
+        ir.say(f"{name:<30} {in_brackets(numbers)}")
+
+    add_likenesses(rows)
+    ir.say("\nIn right majorities, by likeness of traces: how often the sound one of two is paid more, and by how much")
+    result["likeness"] = {}
+    for name in rows[0]["pay"]:
+        compared = {"sound over unsound": compare_kinds(rows, name, "sound", (True, False))}
+        for label, grades in GRADES.items():
+            compared[label] = compare_kinds([row for row in rows if "grades" in row], name, "grades", grades)
+        result["likeness"][name] = {label: numbers for label, numbers in compared.items() if numbers}
+        for label, numbers in result["likeness"][name].items():
+            paid_more, gap = numbers.values()
+            ir.say(f"{name:<30} {label:<20}  {in_brackets(paid_more)}  by {in_brackets(gap)}")
+    if not result["likeness"]["cosine"]:
+        ir.say("none: no right majority had both sound and unsound traces")
     return result
+
+def compare_kinds(rows, likeness, key, kinds):
+    """{paid_more, gap} of the rollouts of two kinds, as row[key] names them, or {} where no majority has both."""
+    gaps, wins = compare_pay(rows, lambda row: row["pay"][likeness], key, kinds)
+    if not gaps:
+        return {}
+    gap = fmean(gaps)
+    half = t_interval(gaps)
+    return {"paid_more": share_of(wins), "gap": [gap, gap - half, gap + half, len(gaps)]}
+
+def share_of(lists):
+    """A mean over lists, one for each question: [value, low, high, count]."""
+    values = sum(lists, [])
+    share = fmean(values)
+    questions = sum(map(bool, lists))
+    return [share, *wilson_interval(share, questions), len(values)]
+
+def in_brackets(numbers):
+    value, low, high, count = numbers
+    return f"{value:6.3f} [{low:6.3f}, {high:6.3f}] of {count}"
 
 
 # ==== Command line ====================================================================================================
@@ -1264,12 +1364,18 @@ def run_study(argv):
     study(own["folder"], own["rows"], own["cancel"], own["seeds"], settings, own["workers"], own["table"])
 
 def run_premise(argv):
-    parser = ir.Parser("premise", ("model", "device", "dtype", "max_pixels", "max_new_tokens_solver", "enforce_eager"))
-    parser.add_argument("--questions", type=int, default=100, help="default 100")
+    parser = ir.Parser("premise", (*ir.ASK_SETTINGS, "num_rollouts", "temperature", "seed"))
+    parser.add_argument("--adapter", default="", help="step_* folder of a run; default: the plain backbone")
+    parser.add_argument("--questions", type=int, default=100, metavar="N", help="default 100")
     parser.add_argument("--described", action="store_true", help="a text model, which is told what the picture shows")
+    parser.add_argument("--pixels", type=int, default=336, metavar="N", help="width of the pictures; default 336")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="questions at a time; default 8")
+    parser.add_argument("--replies", default="", metavar="FILE",
+                        help="append the replies to this file; questions that it holds are not asked again")
     add_json(parser)
     settings, own = parser.read(argv)
-    premise(settings, own["questions"], own["described"], own["json"])
+    own["json_file"] = own.pop("json")
+    premise(settings, **own)
 
 def run_bench(argv):
     parser = ir.Parser("bench")
@@ -3110,26 +3216,56 @@ def test_the_lenient_verifier_tells_true_from_false_traces(trace):
     dice = {"red": 2, "blue": 4, "green": 6}
     assert is_plausibly_sound(f"{trace}<answer>even</answer>", dice, list(dice)) == (trace in SOUND)
 
-def test_premise_weighs_replies_as_by_hand(capsys):
+def premise_row(**more):
     good = "<think>Step 1: 1 + 2 = 3</think><answer>odd</answer>"
     bad = "<think>Step 1: 1 + 2 = 5</think><answer>odd</answer>"
-    row = {
+    return {
         "dice": {"red": 1, "blue": 2, "green": 6},
         "colors": ["red", "blue"],
         "answer": "odd",
         "texts": [good, bad, bad, good, "no"],
+        "greedy": bad,
         "votes": ["odd", "odd", "odd", "odd", None],
         "majority": [True, True, True, True, False],
-    }
-    first = row | {"r_step": [0.9, 0.6, 0.8, 0.7, 0.0]}
-    second = row | {"r_step": [0.9, 0.7, 0.3, 0.7, 0.0]}  # with a tie, half a win
+    } | more
+
+def test_premise_weighs_replies_as_by_hand(capsys):
+    first = premise_row(pay={"cosine": [0.9, 0.6, 0.8, 0.7, 0.0]}, grades=["S", "P", "F", None, "F"])
+    second = premise_row(pay={"cosine": [0.9, 0.7, 0.3, 0.7, 0.0]})  # with a tie, half a win
     result = weigh_premise([first, second])
-    shares = {"invalid": (2, 10), "right": (8, 10), "unsound_of_right": (4, 8), "sound_paid_more": (6.5, 8)}
+    shares = {"invalid": (2, 10), "right, mean@N": (8, 10), "right, maj@N": (2, 2), "right, greedy": (2, 2),
+              "sound": (4, 10), "unsound of right": (4, 8)}
     for name, (part, count) in shares.items():
         share = part / count
         assert result[name] == [share, *wilson_interval(share, 2), count]
+    cosine = result["likeness"]["cosine"]
+    assert cosine["sound over unsound"]["paid_more"] == [6.5 / 8, *wilson_interval(6.5 / 8, 2), 8]
     mean = (0.1 + 0.3) / 2  # standard deviation 0.2 / sqrt(2)
-    assert result["r_step_gap"] == pytest.approx([mean, mean - 1.2706, mean + 1.2706, 2])
+    assert cosine["sound over unsound"]["gap"] == pytest.approx([mean, mean - 1.2706, mean + 1.2706, 2])
+    assert cosine["true over false"]["paid_more"][::3] == [1.0, 1]
+    assert cosine["true over incomplete"]["gap"][0] == pytest.approx(0.3)
+    rho = 0.8 ** 0.7
+    # The good traces have 1, 2 and 3 in common with each other, with the bad ones 1 and 2 of 1, 2, 3 and 5
+    assert first["pay"]["numbers"] == pytest.approx([rho * (1 + 0.5 + 0.5) / 3] * 4 + [0])
+
+def test_likenesses_of_traces_are_those_of_a_second_program():
+    """`trace_overlap` for those without weights; for words by rarity, one by one."""
+    words = ["it is odd", "it is even", "so odd", "1 is odd"]
+    texts = [f"<think>Step 1: {words}</think><answer>odd</answer>" for words in words]
+    rows = [premise_row(texts=texts, votes=["odd"] * 4, majority=[True] * 4, pay={})]
+    add_likenesses(rows)
+    traces = [[text] for text in words]
+    for name, pattern in PATTERNS.items():
+        expected = ir.step_agreement(ir.trace_overlap(traces, [0, 1, 2, 3], pattern), [0, 1, 2, 3], 4)
+        assert rows[0]["pay"][name] == pytest.approx(expected.tolist())
+    assert re.findall(PATTERNS["trigrams of words"], "a bc, d e") == ["a bc, d", "bc, d e"]
+    weight = {"it": math.log(2), "is": math.log(4 / 3), "odd": math.log(4 / 3)}
+    weight |= dict.fromkeys(["even", "so", "1"], math.log(4))
+    first = [(weight["it"] + weight["is"]) / sum(map(weight.get, ["it", "is", "odd", "even"])),
+             weight["odd"] / sum(map(weight.get, ["it", "is", "odd", "so"])),
+             (weight["is"] + weight["odd"]) / sum(map(weight.get, ["it", "is", "odd", "1"]))]
+    for name in RARITY:
+        assert rows[0]["pay"][name][0] == pytest.approx(fmean(first))
 
 def save_text_model(folder):
     tokenizer = byte_tokenizer(SPECIAL, CHAT_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>")
@@ -3139,14 +3275,21 @@ def save_text_model(folder):
     tokenizer.save_pretrained(folder)
 
 @pytest.mark.parametrize("described", [False, True])
-def test_premise_asks_a_model_and_keeps_its_replies(world, tmp_path, described):
-    out = tmp_path / "premise.json"
-    arguments = ["--questions=2", f"--json={out}", f"--model={world / 'model'}"]
+def test_premise_asks_a_model_keeps_its_replies_and_goes_on(world, tmp_path, described):
+    model = world / "model"
     if described:
-        save_text_model(tmp_path / "model")
-        arguments += ["--described", f"--model={tmp_path / 'model'}"]
-    assert ir.main(["premise", *arguments]) == 0
-    for row in json.loads(out.read_text())["predictions"]:
+        model = tmp_path / "model"
+        save_text_model(model)
+    arguments = ["premise", f"--model={model}", "--pixels=56", *["--described"] * described, "--max_new_tokens_solver=32"]
+    for name, questions, batch in (("a", 3, 2), ("b", 1, 8), ("b", 3, 8)):
+        out = tmp_path / f"{name}{questions}.json"
+        replies = f"--replies={tmp_path / name}"
+        assert ir.main([*arguments, f"--questions={questions}", f"--batch={batch}", replies, f"--json={out}"]) == 0
+    whole, resumed = [json.loads((tmp_path / f"{name}3.json").read_text()) for name in "ab"]
+    rows = whole.pop("predictions")
+    assert [row["texts"] for row in rows] == [row["texts"] for row in resumed.pop("predictions")]
+    assert len(rows) == 3
+    for row in rows:
         assert len(set(row["texts"])) > 1
         assert [ir.parse_rollout(text).vote for text in row["texts"]] == row["votes"]
-        assert len(row["r_step"]) == len(row["sound"]) == 5
+        assert {len(pay) for pay in row["pay"].values()} == {5}
