@@ -356,7 +356,8 @@ def demo(settings, cancel=0.5, json_file="", reward=ir.group_rewards):
             ir.say(f"Making {world}: unlabeled pictures of dice, labeled questions to test on,\n"
                    "and a seed model that is taught to see well and to add badly")
             make_dice_world(world, config.seed, cancel)
-        if ir.rank() == 0 and not own_name and not config.resume:
+        if ir.rank() == 0 and run.exists() and not own_name and not config.resume:
+            ir.say(f"Replacing the demo in {run}")
             delete_earlier_demo(run)
         ir.gather(None)  # the other ranks wait for rank 0
         questions = load_questions(str(world / "holdout.jsonl"))
@@ -388,6 +389,7 @@ def demo(settings, cancel=0.5, json_file="", reward=ir.group_rewards):
             "ill_posed_last": ill_posed_share(world, run, config.total_steps - 20),
         }
         ir.say(closing_words(result))
+        ir.say(next_steps(run, world, questions[0]["question"]))
     return result
 
 def images_per_demo_rank():
@@ -421,11 +423,12 @@ def draw_mended_trace(old, new, picture):
     """The dice, the question and both replies, with a mark at each step; nothing where matplotlib is missing."""
     with contextlib.suppress(ImportError):
         from matplotlib.figure import Figure
-        figure = Figure(figsize=(9.5, 3.6), layout="tight", facecolor="white")
+        figure = Figure(figsize=(9.5, 4), layout="tight", facecolor="white")
+        figure.suptitle("Right both times, for different reasons", fontsize=12)
         dice, before, after = figure.subplots(1, 3)
         dice.imshow(Image.open(old["image"]))
         dice.set_title(old["question"].replace(" even", "\neven"), fontsize=11)
-        for axes, row, title in ((before, old, "before training"), (after, new, "after")):
+        for axes, row, title in ((before, old, "before: the mistaught seed model"), (after, new, "after self-evolution")):
             steps = ir.parse_rollout(row["texts"][-1]).steps
             axes.set_title(title, fontsize=11)
             for j, step in enumerate(steps):
@@ -476,6 +479,18 @@ def closing_words(result):
             f"questions, which disagreement pays: {result['ill_posed_first']:.0%} -> "
             f"{result['ill_posed_last']:.0%} of all.")
 
+
+def next_steps(run, world, question):
+    """What to type after the demo."""
+    picture = "pip install matplotlib       # then the demo and `report` draw pictures"
+    if (run / "demo.png").exists():
+        picture = f"python ireasoner.py report {run}       # all curves; {run}/demo.png shows an example"
+    step = ir.list_checkpoints(run)[0]
+    return ("\nNext:\n"
+            f'    python ireasoner.py ask {world}/holdout/0000.png "{question}" --adapter {step}\n'
+            f"    {picture}\n"
+            "    cp ireasoner.py mine.py      # edit a reward or a prompt there, then: python mine.py demo\n"
+            "    python ireasoner.py --help   # train on images of your own")
 
 # ==== Eval: accuracy on labeled questions =============================================================================
 
@@ -601,7 +616,8 @@ FIGURES = {
 }
 
 def report(runs, out):
-    """One picture: the curves of Figures 3, 5 and 6 and of all other metrics, runs overlaid, and Figure 7."""
+    """One picture: the curves of Figures 3, 5 and 6 and of all other metrics, runs overlaid, and Figure 7. Lines are
+    means of the last twentieth of a run's steps, the steps themselves pale behind them."""
     with ir.blame("report: needs matplotlib. Try pip install matplotlib"):
         from matplotlib.figure import Figure
     metrics = {run: list(ir.read_jsonl(Path(run, "metrics.jsonl"))) for run in runs}
@@ -612,7 +628,7 @@ def report(runs, out):
         for row in rows:
             keys += [key for key, value in row.items() if isinstance(value, (int, float)) and key not in keys]
     keys.remove("step")
-    height = len(keys) // 4 + 2
+    height = (len(keys) + 3) // 4 + 1
     figure = Figure(figsize=(15, 2.2 * height), layout="constrained")
     grid = figure.add_gridspec(height, 4)
     for i, key in enumerate(keys):
@@ -620,8 +636,14 @@ def report(runs, out):
         for run, rows in metrics.items():
             steps = [row["step"] for row in rows]
             values = numpy.array([row.get(key) for row in rows], dtype=float)  # NaN where there is none
-            style = "." if numpy.isnan(values).any() else "-"  # a line would claim what was not measured
-            axes.plot(steps, values, style, markersize=3, label=run.replace("$", r"\$"))
+            label = run.replace("$", r"\$")
+            if numpy.isnan(values).any():  # a line would claim what was not measured
+                axes.plot(steps, values, ".", markersize=3, label=label)
+                continue
+            width = max(1, len(values) // 20)
+            smooth = numpy.convolve(values, numpy.ones(width) / width, "valid")
+            line, = axes.plot(steps[width - 1:], smooth, label=label)
+            axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.7, zorder=1)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     tables = []
     for row in ir.read_jsonl(Path(runs[-1], "rollouts.jsonl")):
@@ -631,8 +653,10 @@ def report(runs, out):
     if tables:
         table = min(tables[-100:], key=numpy.nanmean)
         disagreement = "  ".join(f"{d:.2f}" for d in ir.depth_disagreement(torch.tensor(table)))
-        axes = figure.add_subplot(grid[-1, :2], xlabel=f"step j; D_j = {disagreement}", ylabel="rollout i")
-        axes.set_title("Fig 7: S_ij, the least alike of the last 100 groups of the last run")
+        axes = figure.add_subplot(grid[-1, :2], ylabel="rollout i of the majority")
+        axes.set_xlabel(f"step j of the trace; disagreement D_j = 1 - mean S_ij: {disagreement}")
+        axes.set_title("Fig 7: likeness S_ij of step j to the others' step j, in the least alike of the last 100 groups")
+        axes.set_xticks(range(table.shape[1]), range(1, table.shape[1] + 1))
         figure.colorbar(axes.imshow(table, aspect="auto"))
     with ir.blame(f"--out {out}: cannot be written"):
         figure.savefig(out, dpi=110)
@@ -1046,31 +1070,48 @@ def print_tables(tables):
                 cells.append(f"{fmean(gains):+.3f} ± {t_interval(gains):.3f}" if gains else "")
             print(f"| {' | '.join(cells)} |")
 
+KINDS = {  # in the picture of the study: what a reward is there for -> rewards and color
+    "answers alone (evolmm)": (["evolmm"], "C7"),
+    "answers and steps": (["ireasoner", "no_warmup", "numbers"], "C0"),
+    "the same, step rewards shuffled: a control": (["shuffled", "numbers_shuffled"], "C1"),
+    "other presets": ([], "C4"),
+}
+
+def kind_of(reward):
+    for kind, (rewards, _) in KINDS.items():
+        if reward in rewards or not rewards:
+            return kind
+
 def draw_study(tables, out):
-    """Sound traces by reward, a panel for each share of errors that cancel."""
+    """Sound traces by reward, a panel for each share of errors that cancel: the rewards that KINDS names come first."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no picture: matplotlib is missing. Try pip install matplotlib")
         return
-    figure = Figure(figsize=(4 + 4 * len(tables), 4), layout="constrained", facecolor="white")
+    order = sum([rewards for rewards, _ in KINDS.values()], [])
+    names = {name for rows in tables.values() for name in rows if not name.startswith("seed model")}
+    names = sorted(names, key=lambda name: (name.split()[0], (order + name.split()[1:]).index(name.split()[1])))
+    figure = Figure(figsize=(3.5 + 3.8 * len(tables), 1.8 + 0.32 * len(names)), layout="constrained", facecolor="white")
     panels = figure.subplots(1, len(tables), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (cancel, rows) in zip(panels, tables.items()):
         seed_model = []
-        for name, runs in rows.items():
-            sound = [numbers["trace_mean_at_n"] for numbers in runs.values()]
-            if name.startswith("seed model"):
-                seed_model.append(fmean(sound))
-                continue
-            advantage, reward = name.split()
-            label = f"{reward} ({advantage})"
-            axes.errorbar(fmean(sound), label, xerr=t_interval(sound), fmt="o", color="C0")
-        axes.axvline(seed_model[0], color="gray", label="seed model")
-        axes.axvline(max(seed_model), color="C1", linestyle="--", label="at its best temperature")
-        axes.set_title(f"{cancel:.0%} of the errors leave the answer right")
-        axes.set_xlabel("share of sound traces, 95 % interval over seeds")
+        for name in rows.keys() - names:
+            seed_model.append(fmean(numbers["trace_mean_at_n"] for numbers in rows[name].values()))
+        axes.axvline(max(seed_model), color="black", linestyle=":", label="seed model, best temperature")
+        for name in names:
+            sound = [numbers["trace_mean_at_n"] for numbers in rows.get(name, {}).values()]
+            if sound:
+                advantage, reward = name.split()
+                kind = kind_of(reward)
+                _, color = KINDS[kind]
+                label = f"{reward}, --advantage {advantage} ({len(sound)} seeds)"
+                axes.errorbar(fmean(sound), label, xerr=t_interval(sound), fmt="o", color=color, label=kind)
+        axes.set_title(f"{cancel:.0%} of the wrong sums leave the answer right", fontsize=10)
+        axes.set_xlabel("share of sound traces after training, 95 % interval", fontsize=9)
     panels[0].invert_yaxis()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    legend = dict(zip(*reversed(panels[0].get_legend_handles_labels())))
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=2)
     figure.savefig(out, dpi=100)
     print(f"\nwritten: {out}")
 
