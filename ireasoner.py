@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["torch>=2.8", "transformers>=5.24", "peft>=0.18", "pillow>=10.1", "numpy", "pytest"]
 # ///
 """iReasoner: a vision-language model improves itself on unlabeled images.

@@ -2649,8 +2649,20 @@ def test_report_draws_the_figures_with_all_runs_in_each(straight_run, tmp_path):
         assert ir.main(["report", str(straight_run), str(run), "--out", str(tmp_path / "report.png")]) == 0
     axes = {one.get_ylabel(): one for one in save.call_args.args[0].axes}
     for key in "entropy density step_cosine r_prop r_sol r_ans r_step num_steps lambda beta_solver kl_proposer".split():
-        assert len(axes[key].lines) == 2
-    assert "D_j = " in axes["rollout i"].get_xlabel()
+        labeled = [line for line in axes[key].lines if not line.get_label().startswith("_")]
+        assert len(labeled) == 2
+    assert "D_j = 1" in axes["rollout i of the majority"].get_xlabel()
+
+def test_report_smooths_long_runs_and_keeps_each_value(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    values = [float(step % 2) for step in range(1, 101)]
+    ir.append_jsonl(tmp_path / "metrics.jsonl", [{"step": i + 1, "entropy": v} for i, v in enumerate(values)])
+    with patch.object(figure, "savefig", autospec=True) as save:
+        assert ir.main(["report", str(tmp_path)]) == 0
+    smooth, raw = save.call_args.args[0].axes[1].lines
+    assert raw.get_ydata().tolist() == values
+    assert smooth.get_xdata()[0] == 5  # the mean of the first five
+    assert smooth.get_ydata().tolist()[:2] == pytest.approx([0.6, 0.4])
 
 def test_the_file_trains_without_its_tools(world, tmp_path, monkeypatch):
     paper, _ = Path(ir.__file__).read_text().split("# ==== The paper ends here.")
