@@ -1652,7 +1652,7 @@ class Parser(argparse.ArgumentParser):
         return {**row, **given}, arguments
 
     def error(self, message):
-        raise UserError(f"{message}. See --help")
+        raise UserError(f"{message}. See --help; a text with blanks needs quotes")
 
 def main(argv=None):
     """Runs one command. Returns the exit status: 0, or 2 after one line that says why it could not go on."""

@@ -901,8 +901,8 @@ STUDY_COLUMNS = {
     "wrong_reason": "unsound of right",
     "kl": "KL",
     "ill_posed_last": "ill-posed",
-    "distinct_last": "distinct traces",
-    "r_ans": "gap of r_ans",
+    "steps_last": "steps",
+    "distinct_last": "distinct",
     "r_step": "gap of r_step",
     "sound_paid_more": "sound paid more",
 }
@@ -2813,10 +2813,11 @@ def test_readme_reward_for_trl_pays_groups_of_any_size():
     reward = names["make_agreement_reward"](model, byte_tokenizer([], ""))
     agreeing = "<think>Step 1: two\nStep 2: 2 + 2 = 4</think><answer>4</answer>"
     as_chat = [{"role": "assistant", "content": agreeing}]
-    texts = [agreeing, agreeing, "<answer>5</answer>", as_chat, "no answer"]
-    paid = reward(["a", "a", "a", "b", "b"], texts, column=[1] * 5)
+    texts = [agreeing, agreeing, "<answer>5</answer>", as_chat, "no answer", "Step 1:\nStep 2: a<answer>5</answer>"]
+    paid = reward(["a", "a", "a", "b", "b", "c"], texts, column=[1] * 6)
     in_majority = (2 / 3) ** 0.7  # r_ans; and r_step, since both steps have cosine 1
-    assert paid == pytest.approx([in_majority, in_majority, 0.3 * (1 / 3) ** 0.7, 0.3 * 0.5 ** 0.7, 0.0], abs=1e-5)
+    expected = [in_majority, in_majority, 0.3 * (1 / 3) ** 0.7, 0.3 * 0.5 ** 0.7, 0.0, 0.3]
+    assert paid == pytest.approx(expected, abs=1e-5)
 
 def test_readme_reward_of_ones_own(world, tmp_path):
     settings = train_settings(world, tmp_path, total_steps=1)
@@ -3206,9 +3207,18 @@ def test_a_study_goes_on_after_an_interruption_and_makes_no_run_twice(world, tmp
     assert "| mean evolmm | 1 |" in out
     assert "| group shuffled | 1 |" in out
 
+@pytest.mark.parametrize("folder", [".", "earlier"])
+def test_the_study_s_page_shows_the_tables_of_its_files(tmp_path, capsys, folder):
+    shutil.copytree(HERE / ".github/study" / folder, tmp_path / "study")
+    assert ir.main(["study", str(tmp_path / "study"), "--table"]) == 0
+    page = (HERE / ".github/study/README.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) > 10
+    assert set(rows) <= set(page)
+
 def test_study_draws_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    shutil.copytree(HERE / ".github/study", tmp_path / "study")
+    shutil.copytree(HERE / ".github/study/earlier", tmp_path / "study")
     assert ir.main(["study", str(tmp_path / "study"), "--table"]) == 0
     assert (tmp_path / "study/study.png").exists()
 
@@ -3326,6 +3336,16 @@ def save_text_model(folder):
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=16, num_hidden_layers=1)
     transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+def test_a_text_model_replies_as_in_transformers(tmp_path):
+    save_text_model(tmp_path)
+    model = TextModel(Config(model=str(tmp_path)))
+    texts = ["Hi.", "A longer prompt, so that the first one is padded."]
+    for text, (reply,) in zip(texts, model.sample(None, [Prompt(None, text) for text in texts], 1, 12, temperature=0.0)):
+        chat = model.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
+                                                   return_tensors="pt", return_dict=True)
+        ids = model.hf.generate(**chat, max_new_tokens=12, do_sample=False)[0, chat["input_ids"].shape[1]:]
+        assert reply.token_ids == ids.tolist()
 
 @pytest.mark.parametrize("described", [False, True])
 def test_premise_asks_a_model_keeps_its_replies_and_goes_on(world, tmp_path, described):
