@@ -889,11 +889,6 @@ def time_steps(size, images, n, steps, compare, enforce_eager):
 # ==== Study: which reward teaches sound reasoning? The demo over rewards and seeds ====================================
 
 STUDY_ROWS = ["ema:evolmm", "ema:ireasoner", "ema:numbers", "ema:numbers_shuffled"]
-VARIANTS = {  # rewards that are no presets: `ireasoner` with these settings, and whether its step rewards are shuffled
-    "shuffled": ({}, True),
-    "numbers": ({"step_similarity": "numbers"}, False),
-    "numbers_shuffled": ({"step_similarity": "numbers"}, True),
-}
 STUDY_COLUMNS = {
     "mean_at_n": "answers, mean@5",
     "trace_mean_at_n": "traces, mean@5",
@@ -909,15 +904,37 @@ STUDY_COLUMNS = {
 T_QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]  # 0.975, 1 to 10 degrees
 
 def shuffled(rollouts, embeddings, lam, config, question):
-    """The control, a reward: the step rewards of a majority permuted among its members. The same values without their
-    content. The permutation depends on the question and its replies alone."""
+    """A control, a reward: the step rewards of a majority permuted among its members. The same values without their
+    content, but for what they say of the question as a whole. Chance depends on the question and its replies alone."""
     rewards = ir.group_rewards(rollouts, embeddings, lam, config, question)
-    seed = ir.derive_seed(config.seed, question, [rollout.text for rollout in rollouts])
-    majority = numpy.array(rewards["majority"])
     r_step = numpy.array(rewards["r_step"])
-    r_step[majority] = numpy.random.default_rng(seed).permutation(r_step[majority])
+    majority = numpy.array(rewards["majority"])
+    r_step[majority] = chance(rollouts, config, question).permutation(r_step[majority])
+    return with_step_rewards(rewards, r_step, lam)
+
+def noise(rollouts, embeddings, lam, config, question):
+    """A control: in the place of r_tilde a uniform number from 0.5 to 1, about what `numbers` pays, without content."""
+    rewards = ir.group_rewards(rollouts, embeddings, lam, config, question)
+    r_step = numpy.zeros(len(rollouts))
+    if rewards["group_size"] > 1:
+        r_tilde = chance(rollouts, config, question).uniform(0.5, 1.0, len(rollouts))
+        r_step = rewards["density"] * r_tilde * rewards["majority"]
+    return with_step_rewards(rewards, r_step, lam)
+
+def chance(rollouts, config, question):
+    seed = ir.derive_seed(config.seed, question, [rollout.text for rollout in rollouts])
+    return numpy.random.default_rng(seed)
+
+def with_step_rewards(rewards, r_step, lam):
     r_sol = ir.mix_rewards(numpy.array(rewards["r_ans"]), r_step, lam)
     return rewards | {"r_step": r_step.tolist(), "r_sol": r_sol.tolist()}
+
+VARIANTS = {  # rewards that are no presets: `ireasoner` with these settings, and a reward of its own
+    "shuffled": ({}, shuffled),
+    "noise": ({}, noise),
+    "numbers": ({"step_similarity": "numbers"}, ir.group_rewards),
+    "numbers_shuffled": ({"step_similarity": "numbers"}, shuffled),
+}
 
 def study(folder, rows, cancels, seeds, settings, workers,
           only_table):
@@ -936,7 +953,7 @@ def study(folder, rows, cancels, seeds, settings, workers,
 def plan_run(folder, row, cancel, seed, settings):
     """(JSON file, settings, cancel, reward) of a run."""
     advantage, _, reward = row.partition(":")
-    of_variant, _ = VARIANTS.get(reward, ({}, False))
+    of_variant, _ = VARIANTS.get(reward, ({}, None))
     preset = "ireasoner" if reward in VARIANTS else reward
     if preset not in ir.PRESETS:
         raise UserError(f"--rows {row}: must be ADVANTAGE:REWARD, a REWARD being a preset or {', '.join(VARIANTS)}")
@@ -969,8 +986,8 @@ def make_run(run):
         fcntl.flock(log, fcntl.LOCK_EX)  # a process that outlived its study may still be at work here
         if file.exists():
             return
-        _, is_shuffled = VARIANTS.get(reward, ({}, False))
-        result = demo(settings, cancel, reward=shuffled if is_shuffled else ir.group_rewards)
+        _, of_variant = VARIANTS.get(reward, ({}, ir.group_rewards))
+        result = demo(settings, cancel, reward=of_variant)
         result["reward"] = reward
         result["direct"] = measure_pay(folder / file.stem) | measure_traces(folder / file.stem)
         part = file.with_suffix(".part")
