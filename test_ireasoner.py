@@ -898,6 +898,8 @@ STUDY_COLUMNS = {
     "ill_posed_last": "ill-posed",
     "steps_last": "steps",
     "distinct_last": "distinct",
+    "covariance_between": "covariance between",
+    "covariance_within": "within",
     "r_step": "gap of r_step",
     "sound_paid_more": "sound paid more",
 }
@@ -1012,8 +1014,25 @@ def measure_pay(run):
     step_gaps, wins = compare_pay(rows, lambda row: row["r_step"])
     if not wins:
         return {}
+    between, within = covariance(rows, "r_step")
     return {"r_ans": fmean(ans_gaps), "r_step": fmean(step_gaps), "sound_paid_more": fmean(sum(wins, [])),
-            "groups": len(wins)}
+            "groups": len(wins), "covariance_between": between, "covariance_within": within}
+
+def covariance(rows, reward):
+    """Of a reward with soundness, over the members of all majorities: (between questions, within questions). A baseline
+    that is one number for all questions leaves both in the advantage; the mean of a group takes the first out."""
+    pays = []
+    sounds = []
+    within = []
+    for row in rows:
+        majority = numpy.array(row["majority"])
+        pay = numpy.array(row[reward])[majority]
+        sound = numpy.array(row["sound"], dtype=float)[majority]
+        within += ((pay - pay.mean()) * (sound - sound.mean())).tolist()
+        pays += pay.tolist()
+        sounds += sound.tolist()
+    both = float(numpy.cov(pays, sounds, bias=True)[0, 1])
+    return both - fmean(within), fmean(within)
 
 def measure_traces(run):
     """Do the traces collapse into one template? In the first and the last 20 steps: mean steps a trace, and the share
@@ -1276,38 +1295,46 @@ RARITY = {  # by words, each weighted by log(rollouts / rollouts with it), over 
     "words, rare in all questions": 10**9,
     "words, rare in 8 questions": 8,
     "words, rare in the question": 1,
+    "new words, rare in 8 questions": 8,  # those of the prompt apart
 }
 
 def add_likenesses(rows):
     """row["pay"]: a name -> what this likeness of traces pays the N rollouts; beside the cosines, which are there."""
-    words = []  # for each row a set for each rollout
     for row in rows:
         rollouts = [ir.parse_rollout(text) for text in row["texts"]]
         traces = [" ".join(rollout.steps).lower() for rollout in rollouts]
         for name, pattern in PATTERNS.items():
             row["pay"][name] = pay_overlap(row, [set(re.findall(pattern, trace)) for trace in traces])
-        words.append([set(re.findall(r"\w+", trace)) for trace in traces])
         row["pay"]["fewer words"] = [-len(trace.split()) for trace in traces]
     for name, size in RARITY.items():
         for start in range(0, len(rows), size):
-            block = words[start:start + size]
-            rollouts = sum(block, [])
+            block = rows[start:start + size]
+            words = [words_of(row, name.startswith("new")) for row in block]
+            rollouts = sum(words, [])
             counts = Counter(word for found in rollouts for word in found)
             rarity = {word: math.log(len(rollouts) / count) for word, count in counts.items()}
-            for row, found in zip(rows[start:start + size], block):
+            for row, found in zip(block, words):
                 row["pay"][name] = pay_overlap(row, found, rarity)
 
-def pay_overlap(row, found, weights=defaultdict(lambda: 1.0)):
+def words_of(row, only_new):
+    """The set of words in each rollout's steps."""
+    known = set(re.findall(r"\w+", ir.solver_prompt(row["question"]).lower())) if only_new else set()
+    traces = [" ".join(ir.parse_rollout(text).steps) for text in row["texts"]]
+    return [set(re.findall(r"\w+", trace.lower())) - known for trace in traces]
+
+def pay_overlap(row, found, weights=None):
     """`trace_overlap` with weights: the mean, over the other members of the majority, of the weight of what two traces
     have in common, as a share of the weight of what either has."""
+    def weigh(things):
+        return sum(weights[thing] for thing in things) if weights else len(things)
+
     group = [i for i, voted in enumerate(row["majority"]) if voted]
     r_tilde = torch.zeros(len(group))
     for at, i in enumerate(group):
         for k in group:
-            either = sum(weights[thing] for thing in found[i] | found[k])
+            either = weigh(found[i] | found[k])
             if k != i and either:
-                both = sum(weights[thing] for thing in found[i] & found[k])
-                r_tilde[at] += both / either / (len(group) - 1)
+                r_tilde[at] += weigh(found[i] & found[k]) / either / (len(group) - 1)
     return ir.step_agreement(r_tilde, group, len(found)).tolist()
 
 GRADES = {  # of a reply that was read: which are compared
@@ -1335,19 +1362,43 @@ def weigh_premise(rows):
         ir.say(f"{name:<30} {in_brackets(numbers)}")
 
     add_likenesses(rows)
-    ir.say("\nIn right majorities, by likeness of traces: how often the sound one of two is paid more, and by how much")
+    ir.say("\nBy likeness of traces: the correlation of its pay with soundness over all majorities, which is what a "
+           "baseline for all\nquestions sees; and inside right majorities, how often the sound one of two traces is paid "
+           "more, and by how much")
     result["likeness"] = {}
     for name in rows[0]["pay"]:
+        result["likeness"][name] = {"correlation": correlate(rows, name)}
+        ir.say(f"{name:<30} correlation           {in_brackets(result['likeness'][name]['correlation'])}")
         compared = {"sound over unsound": compare_kinds(rows, name, "sound", (True, False))}
         for label, grades in GRADES.items():
             compared[label] = compare_kinds([row for row in rows if "grades" in row], name, "grades", grades)
-        result["likeness"][name] = {label: numbers for label, numbers in compared.items() if numbers}
-        for label, numbers in result["likeness"][name].items():
-            paid_more, gap = numbers.values()
-            ir.say(f"{name:<30} {label:<20}  {in_brackets(paid_more)}  by {in_brackets(gap)}")
-    if not result["likeness"]["cosine"]:
-        ir.say("none: no right majority had both sound and unsound traces")
+        for label, numbers in compared.items():
+            if numbers:
+                result["likeness"][name][label] = numbers
+                paid_more, gap = numbers.values()
+                ir.say(f"{name:<30} {label:<20}  {in_brackets(paid_more)}  by {in_brackets(gap)}")
+    if "sound over unsound" not in result["likeness"]["cosine"]:
+        ir.say("no right majority had both sound and unsound traces")
     return result
+
+def correlate(rows, likeness):
+    """Of pay and soundness over the members of all majorities: [value, low, high, questions], the interval from 2,000
+    draws of questions."""
+    sums = []
+    for row in rows:
+        majority = numpy.array(row["majority"])
+        pay = numpy.array(row["pay"][likeness])[majority]
+        sound = numpy.array(row["sound"], dtype=float)[majority]
+        sums.append([len(pay), pay.sum(), sound.sum(), pay @ pay, sound @ sound, pay @ sound])
+    draws = numpy.random.default_rng(0).multinomial(len(rows), [1 / len(rows)] * len(rows), 2000)
+    n, p, s, pp, ss, ps = (numpy.vstack([numpy.ones(len(rows)), draws]) @ numpy.array(sums)).T
+    with numpy.errstate(all="ignore"):
+        r = (ps - p * s / n) / numpy.sqrt((pp - p * p / n) * (ss - s * s / n))
+    r = r[numpy.isfinite(r)]  # others: all pay or all soundness is the same
+    if r.size <= 1:
+        return [math.nan, math.nan, math.nan, len(rows)]
+    low, high = numpy.quantile(r[1:], [0.025, 0.975])
+    return [float(r[0]), float(low), float(high), len(rows)]
 
 def compare_kinds(rows, likeness, key, kinds):
     """{paid_more, gap} of the rollouts of two kinds, as row[key] names them, or {} where no majority has both."""
@@ -3251,7 +3302,15 @@ def test_the_study_table_holds_the_numbers_computed_by_hand(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     # gains 0.10, 0.12, 0.08: standard deviation 0.02, times 4.303 / sqrt(3)
     assert ("| ema discrete | 3 | 0.500 ± 0.000 | 0.800 ± 0.092 | 0.400 ± 0.046 | 0.500 ± 0.000 | 0.010 ± 0.000 | "
-            " |  |  | 0.300 ± 0.092 |  | +0.100 ± 0.050 | +0.050 ± 0.025 |") in lines
+            " |  |  |  |  | 0.300 ± 0.092 |  | +0.100 ± 0.050 | +0.050 ± 0.025 |") in lines
+
+def test_covariance_of_pay_and_soundness_between_and_within_questions():
+    first = {"majority": [True, True, False], "sound": [True, False, True], "pay": [0.9, 0.5, 0.0]}
+    second = {"majority": [True, True, True], "sound": [False, False, False], "pay": [0.1, 0.2, 0.3]}
+    # means 0.4 and 0.2; deviations of pay 0.5, 0.1, -0.3, -0.2, -0.1, of soundness 0.8 and four times -0.2
+    both = (0.5 * 0.8 - 0.2 * (0.1 - 0.3 - 0.2 - 0.1)) / 5
+    within = 2 * 0.2 * 0.5 / 5
+    assert covariance([first, second], "pay") == pytest.approx((both - within, within))
 
 @pytest.mark.parametrize("count, t", [(2, 12.706), (5, 2.776), (11, 2.228), (12, 2.201), (21, 2.086), (61, 2.000)])
 def test_intervals_are_those_of_students_t(count, t):
@@ -3300,6 +3359,7 @@ def premise_row(**more):
     good = "<think>Step 1: 1 + 2 = 3</think><answer>odd</answer>"
     bad = "<think>Step 1: 1 + 2 = 5</think><answer>odd</answer>"
     return {
+        "question": "Is red plus blue even or odd?",
         "dice": {"red": 1, "blue": 2, "green": 6},
         "colors": ["red", "blue"],
         "answer": "odd",
@@ -3326,13 +3386,15 @@ def test_premise_weighs_replies_as_by_hand(capsys):
     assert cosine["true over incomplete"]["gap"][0] == pytest.approx(0.3)
     rho = 0.8 ** 0.7
     # The good traces have 1, 2 and 3 in common with each other, with the bad ones 1 and 2 of 1, 2, 3 and 5
+    pay = [*first["pay"]["cosine"][:4], *second["pay"]["cosine"][:4]]
+    assert cosine["correlation"][0] == pytest.approx(numpy.corrcoef(pay, [1, 0, 0, 1] * 2)[0, 1])
     assert first["pay"]["numbers"] == pytest.approx([rho * (1 + 0.5 + 0.5) / 3] * 4 + [0])
 
 def test_likenesses_of_traces_are_those_of_a_second_program():
     """`trace_overlap` for those without weights; for words by rarity, one by one."""
     words = ["it is odd", "it is even", "so odd", "1 is odd"]
     texts = [f"<think>Step 1: {words}</think><answer>odd</answer>" for words in words]
-    rows = [premise_row(texts=texts, votes=["odd"] * 4, majority=[True] * 4, pay={})]
+    rows = [premise_row(question="Is it?", texts=texts, votes=["odd"] * 4, majority=[True] * 4, pay={})]
     add_likenesses(rows)
     traces = [[text] for text in words]
     for name, pattern in PATTERNS.items():
@@ -3344,8 +3406,10 @@ def test_likenesses_of_traces_are_those_of_a_second_program():
     first = [(weight["it"] + weight["is"]) / sum(map(weight.get, ["it", "is", "odd", "even"])),
              weight["odd"] / sum(map(weight.get, ["it", "is", "odd", "so"])),
              (weight["is"] + weight["odd"]) / sum(map(weight.get, ["it", "is", "odd", "1"]))]
-    for name in RARITY:
+    for name in list(RARITY)[:3]:
         assert rows[0]["pay"][name][0] == pytest.approx(fmean(first))
+    # "it" and "is" are the prompt's
+    assert rows[0]["pay"]["new words, rare in 8 questions"][1] == 0
 
 def save_text_model(folder):
     tokenizer = byte_tokenizer(SPECIAL, CHAT_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>")
