@@ -3247,6 +3247,12 @@ def test_shuffled_permutes_the_step_rewards_of_the_majority_and_changes_nothing_
     assert control["r_sol"] == pytest.approx(r_sol)
     assert repr(plain | {"r_step": r_step, "r_sol": control["r_sol"]}) == repr(control)
 
+    paid = numpy.array(noise(*group)["r_step"])
+    majority = numpy.array(plain["majority"])
+    assert (paid[~majority] == 0).all()
+    assert (0.5 * plain["density"] <= paid[majority]).all() and (paid[majority] <= plain["density"]).all()
+    assert len(set(paid[majority])) == 4
+
 def test_a_study_goes_on_after_an_interruption_and_makes_no_run_twice(world, tmp_path, capsys):
     # a dice world that is there already is used
     shutil.copytree(world, tmp_path / "runs" / world_name(0, 0.5))
@@ -3283,6 +3289,14 @@ def test_the_study_s_page_shows_the_tables_of_its_files(tmp_path, capsys, folder
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(rows) > 10
     assert set(rows) <= set(page)
+
+def test_the_study_s_page_shows_what_premise_says_of_its_replies():
+    result = weigh_premise(list(ir.read_jsonl(HERE / ".github/study/replies-0.5b.jsonl")))
+    page = (HERE / ".github/study/README.md").read_text(encoding="utf-8")
+    for name, of_name in result["likeness"].items():
+        cells = [of_name["correlation"], of_name["true over false"]["paid_more"], of_name["sound over unsound"]["paid_more"]]
+        cells = [f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high, _ in cells]
+        assert f"| {name} | {' | '.join(cells)} |" in page
 
 def test_study_draws_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
