@@ -1109,7 +1109,7 @@ def print_tables(tables):
 KINDS = {  # in the picture of the study: what a reward is there for -> rewards and color
     "answers alone (evolmm)": (["evolmm"], "C7"),
     "answers and steps": (["ireasoner", "no_warmup", "numbers"], "C0"),
-    "the same, step rewards shuffled: a control": (["shuffled", "numbers_shuffled"], "C1"),
+    "step rewards without their content: a control": (["shuffled", "numbers_shuffled", "noise"], "C1"),
     "other presets": ([], "C4"),
 }
 
@@ -1119,7 +1119,8 @@ def kind_of(reward):
             return kind
 
 def draw_study(tables, out):
-    """Sound traces by reward, a panel for each share of errors that cancel: the rewards that KINDS names come first."""
+    """Sound traces by reward, a panel for each share of errors that cancel, the rewards of KINDS first: each seed pale,
+    their mean, and around it the interval of its gain over `evolmm`."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -1136,18 +1137,22 @@ def draw_study(tables, out):
             seed_model.append(fmean(numbers["trace_mean_at_n"] for numbers in rows[name].values()))
         axes.axvline(max(seed_model), color="black", linestyle=":", label="seed model, best temperature")
         for name in names:
-            sound = [numbers["trace_mean_at_n"] for numbers in rows.get(name, {}).values()]
-            if sound:
-                advantage, reward = name.split()
-                kind = kind_of(reward)
-                _, color = KINDS[kind]
-                label = f"{reward}, --advantage {advantage} ({len(sound)} seeds)"
-                axes.errorbar(fmean(sound), label, xerr=t_interval(sound), fmt="o", color=color, label=kind)
+            advantage, reward = name.split()
+            base = rows.get(f"{advantage} evolmm", {})
+            sound = {seed: numbers["trace_mean_at_n"] for seed, numbers in rows.get(name, {}).items()}
+            gains = [sound[seed] - base[seed]["trace_mean_at_n"] for seed in sound if seed in base]
+            kind = kind_of(reward)
+            _, color = KINDS[kind]
+            label = f"{reward}, --advantage {advantage}"
+            axes.plot(list(sound.values()), [label] * len(sound), "o", markersize=3, alpha=0.4, color=color)
+            if gains:
+                axes.errorbar(fmean(sound.values()), label, xerr=t_interval(gains), fmt="o", color=color, label=kind)
         axes.set_title(f"{cancel:.0%} of the wrong sums leave the answer right", fontsize=10)
-        axes.set_xlabel("share of sound traces after training, 95 % interval", fontsize=9)
+        axes.set_xlabel("share of sound traces after training", fontsize=9)
     panels[0].invert_yaxis()
     legend = dict(zip(*reversed(panels[0].get_legend_handles_labels())))
-    figure.legend(legend.values(), legend, loc="outside lower center", ncols=2)
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=2,
+                  title="bars: 95 % interval of the gain over evolmm; pale: each seed")
     figure.savefig(out, dpi=100)
     print(f"\nwritten: {out}")
 
