@@ -428,7 +428,8 @@ def draw_mended_trace(old, new, picture):
         dice, before, after = figure.subplots(1, 3)
         dice.imshow(Image.open(old["image"]))
         dice.set_title(old["question"].replace(" even", "\neven"), fontsize=11)
-        for axes, row, title in ((before, old, "before: the mistaught seed model"), (after, new, "after self-evolution")):
+        for axes, row, title in ((before, old, "before: the mistaught seed model"),
+                                 (after, new, "after self-evolution")):
             steps = ir.parse_rollout(row["texts"][-1]).steps
             axes.set_title(title, fontsize=11)
             for j, step in enumerate(steps):
@@ -655,7 +656,7 @@ def report(runs, out):
         disagreement = "  ".join(f"{d:.2f}" for d in ir.depth_disagreement(torch.tensor(table)))
         axes = figure.add_subplot(grid[-1, :2], ylabel="rollout i of the majority")
         axes.set_xlabel(f"step j of the trace; disagreement D_j = 1 - mean S_ij: {disagreement}")
-        axes.set_title("Fig 7: likeness S_ij of step j to the others' step j, in the least alike of the last 100 groups")
+        axes.set_title("Fig 7: likeness S_ij of step j to the others' step j, in the least alike of 100 groups")
         axes.set_xticks(range(table.shape[1]), range(1, table.shape[1] + 1))
         figure.colorbar(axes.imshow(table, aspect="auto"))
     with ir.blame(f"--out {out}: cannot be written"):
@@ -1047,9 +1048,9 @@ def measure_traces(run):
     return result
 
 def compare_pay(rows, pay, key="sound", kinds=(True, False)):
-    """Inside right or other majorities, two kinds of rollouts by row[key], such as sound and unsound. For each question
-    with both: what the first kind is paid more on average, and for each pair of one of both kinds 1 if the first is paid
-    more, 0.5 if both are paid the same, else 0. `pay` takes a row and gives the pay of its N rollouts."""
+    """Inside majorities, two kinds of rollouts by row[key], such as sound and unsound. For each question with both: what
+    the first kind is paid more on average, and for each pair of one of both kinds 1 if the first is paid more, 0.5 if
+    both are paid the same, else 0. `pay` takes a row and gives the pay of its N rollouts."""
     gaps = []
     wins = []
     for row in rows:
@@ -1206,7 +1207,8 @@ class TextModel(Policy):
         self.config = config
         self.device = ir.resolve_device(config.device)
         with ir.blame(f"--model {config.model}: not a text model with a chat template, here or on the Hub"):
-            self.hf = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype="auto").to(self.device).eval()
+            self.hf = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype="auto")
+            self.hf.to(self.device).eval()
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
             self.tokenizer.get_chat_template()
         self.lm_head = self.hf.get_output_embeddings()
@@ -1367,9 +1369,8 @@ def weigh_premise(rows):
         ir.say(f"{name:<30} {in_brackets(numbers)}")
 
     add_likenesses(rows)
-    ir.say("\nBy likeness of traces: the correlation of its pay with soundness over all majorities, which is what a "
-           "baseline for all\nquestions sees; and inside right majorities, how often the sound one of two traces is paid "
-           "more, and by how much")
+    ir.say("\nBy likeness of traces: the correlation of its pay with soundness over all majorities, which is what a\n"
+           "baseline for all questions sees; inside right majorities, how often the sound one of two is paid more")
     result["likeness"] = {}
     for name in rows[0]["pay"]:
         result["likeness"][name] = {"correlation": correlate(rows, name)}
@@ -3299,7 +3300,8 @@ def test_the_study_s_page_shows_what_premise_says_of_its_replies():
     result = weigh_premise(list(ir.read_jsonl(HERE / ".github/study/replies-0.5b.jsonl")))
     page = (HERE / ".github/study/README.md").read_text(encoding="utf-8")
     for name, of_name in result["likeness"].items():
-        cells = [of_name["correlation"], of_name["true over false"]["paid_more"], of_name["sound over unsound"]["paid_more"]]
+        pairs = [of_name[label]["paid_more"] for label in ("true over false", "sound over unsound")]
+        cells = [of_name["correlation"], *pairs]
         cells = [f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high, _ in cells]
         assert f"| {name} | {' | '.join(cells)} |" in page
 
@@ -3441,7 +3443,8 @@ def test_a_text_model_replies_as_in_transformers(tmp_path):
     save_text_model(tmp_path)
     model = TextModel(Config(model=str(tmp_path)))
     texts = ["Hi.", "A longer prompt, so that the first one is padded."]
-    for text, (reply,) in zip(texts, model.sample(None, [Prompt(None, text) for text in texts], 1, 12, temperature=0.0)):
+    replies = model.sample(None, [Prompt(None, text) for text in texts], 1, 12, temperature=0.0)
+    for text, (reply,) in zip(texts, replies):
         chat = model.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
                                                    return_tensors="pt", return_dict=True)
         ids = model.hf.generate(**chat, max_new_tokens=12, do_sample=False)[0, chat["input_ids"].shape[1]:]
@@ -3453,7 +3456,8 @@ def test_premise_asks_a_model_keeps_its_replies_and_goes_on(world, tmp_path, des
     if described:
         model = tmp_path / "model"
         save_text_model(model)
-    arguments = ["premise", f"--model={model}", "--pixels=56", *["--described"] * described, "--max_new_tokens_solver=32"]
+    arguments = ["premise", f"--model={model}", "--pixels=56", "--max_new_tokens_solver=32"]
+    arguments += ["--described"] * described
     for name, questions, batch in (("a", 3, 2), ("b", 1, 8), ("b", 3, 8)):
         out = tmp_path / f"{name}{questions}.json"
         replies = f"--replies={tmp_path / name}"

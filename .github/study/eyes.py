@@ -15,7 +15,6 @@ import json
 import math
 import os
 import random
-import re
 import sys
 from pathlib import Path
 
@@ -183,8 +182,8 @@ class Lessons:
         return loss.item()
 
     def recall(self, numbers):
-        """The KL from the model that is told to the model that sees, at each token of its replies when told, in nats per
-        token. Runs backward."""
+        """The KL from the model that is told to the model that sees, at each token of its replies when told, in nats
+        per token. Runs backward."""
         told = []
         seen = []
         replies = []
@@ -306,9 +305,12 @@ def check(folder, out):
     pictures = [draw(rng, held_out=True) for _ in range(64)]
     prompts = [ir.Prompt(image, DESCRIBE) for image, _ in pictures]
     seen = [completion.text for (completion,) in policy.sample(None, prompts, 1, 24, temperature=0.0)]
-    right = [text == description(dice) for text, (_, dice) in zip(seen, pictures)]
-    dice_right = [f"{color} shows {pips}" in text for text, (_, dice) in zip(seen, pictures) for color, pips in dice.items()]
-    ir.say(f"described rightly: {sum(right)} of 64 pictures that were never taught, {sum(dice_right)} of 192 dice")
+    right = 0
+    dice_right = 0
+    for text, (_, dice) in zip(seen, pictures):
+        right += text == description(dice)
+        dice_right += sum(f"{color} shows {pips}" in text for color, pips in dice.items())
+    ir.say(f"described rightly: {right} of 64 pictures that were never taught, {dice_right} of 192 dice")
 
 if __name__ == "__main__":
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
