@@ -480,7 +480,6 @@ def closing_words(result):
             f"questions, which disagreement pays: {result['ill_posed_first']:.0%} -> "
             f"{result['ill_posed_last']:.0%} of all.")
 
-
 def next_steps(run, world, question):
     """What to type after the demo."""
     picture = "pip install matplotlib       # then the demo and `report` draw pictures"
@@ -492,6 +491,7 @@ def next_steps(run, world, question):
             f"    {picture}\n"
             "    cp ireasoner.py mine.py      # edit a reward or a prompt there, then: python mine.py demo\n"
             "    python ireasoner.py --help   # train on images of your own")
+
 
 # ==== Eval: accuracy on labeled questions =============================================================================
 
@@ -889,7 +889,7 @@ def time_steps(size, images, n, steps, compare, enforce_eager):
 
 # ==== Study: which reward teaches sound reasoning? The demo over rewards and seeds ====================================
 
-STUDY_ROWS = ["ema:evolmm", "ema:ireasoner", "ema:numbers", "ema:numbers_shuffled"]
+STUDY_ROWS = ["ema:evolmm", "ema:ireasoner", "ema:numbers", "ema:numbers_shuffled", "ema:noise"]
 STUDY_COLUMNS = {
     "mean_at_n": "answers, mean@5",
     "trace_mean_at_n": "traces, mean@5",
@@ -956,7 +956,7 @@ def study(folder, rows, cancels, seeds, settings, workers,
 def plan_run(folder, row, cancel, seed, settings):
     """(JSON file, settings, cancel, reward) of a run."""
     advantage, _, reward = row.partition(":")
-    of_variant, _ = VARIANTS.get(reward, ({}, None))
+    of_variant, _ = VARIANTS.get(reward, ({}, ir.group_rewards))
     preset = "ireasoner" if reward in VARIANTS else reward
     if preset not in ir.PRESETS:
         raise UserError(f"--rows {row}: must be ADVANTAGE:REWARD, a REWARD being a preset or {', '.join(VARIANTS)}")
@@ -3405,10 +3405,10 @@ def test_premise_weighs_replies_as_by_hand(capsys):
     assert cosine["sound over unsound"]["gap"] == pytest.approx([mean, mean - 1.2706, mean + 1.2706, 2])
     assert cosine["true over false"]["paid_more"][::3] == [1.0, 1]
     assert cosine["true over incomplete"]["gap"][0] == pytest.approx(0.3)
-    rho = 0.8 ** 0.7
-    # The good traces have 1, 2 and 3 in common with each other, with the bad ones 1 and 2 of 1, 2, 3 and 5
     pay = [*first["pay"]["cosine"][:4], *second["pay"]["cosine"][:4]]
     assert cosine["correlation"][0] == pytest.approx(numpy.corrcoef(pay, [1, 0, 0, 1] * 2)[0, 1])
+    rho = 0.8 ** 0.7
+    # The good traces have 1, 2 and 3 in common with each other, with the bad ones 1 and 2 of 1, 2, 3 and 5
     assert first["pay"]["numbers"] == pytest.approx([rho * (1 + 0.5 + 0.5) / 3] * 4 + [0])
 
 def test_likenesses_of_traces_are_those_of_a_second_program():
