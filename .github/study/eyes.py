@@ -1,15 +1,16 @@
 """Eyes for a language model: gives any Qwen2 text model of transformers a small vision tower that sees pictures of
 dice, and writes a Qwen2.5-VL checkpoint that `python ireasoner.py --model OUT` trains.
 
-    python .github/study/eyes.py LM_FOLDER OUT
+    python .github/study/eyes.py LM_FOLDER OUT [TABLE]
 
-The language model stays as it is, to the last bit. Three stages, stopped at any time and continued by the same command:
+The language model stays as it is, to the last bit and in its dtype. Three stages, stopped at any time and continued by the same command:
 1. descriptions: what should the four visual tokens of a die be? A table of vectors is learned until the language model,
    frozen, describes dice by it. (The embeddings of " red" and "3" do not suffice: all visual tokens of a picture have
    one position in time, so nothing says which number is whose.)
 2. replies: what the model itself replies to `solver_prompt` and `proposer_prompt` when it is told in words what a
    picture shows, it must find as likely when it reads the table's vectors; with descriptions in between.
 3. tower: a vision tower learns to turn pictures into those vectors. No language model takes part.
+With the TABLE that an earlier run learned, OUT.part/replies.pt, the first two stages are left out.
 """
 import json
 import math
@@ -32,7 +33,7 @@ SIDE = 4  # of a picture, in visual tokens of 28 pixels: a die is 2 x 2 of them
 TOWER = {"depth": 2, "hidden_size": 192, "intermediate_size": 512, "num_heads": 4, "fullatt_block_indexes": [0, 1]}
 LESSONS = {  # stage: steps, highest learning rate
     "descriptions": (90, 2e-3),
-    "replies": (200, 1e-3),
+    "replies": (300, 1e-3),
     "tower": (500, 2e-3),
 }
 TOLD = 408         # pictures that the language model is told about
@@ -66,8 +67,8 @@ def draw_told(number):
 # ---- The model
 
 def build(folder):
-    """A Qwen2.5-VL with the weights of a language model and a new tower, in float32; its tokenizer and processor."""
-    lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    """A Qwen2.5-VL with the weights of a language model and a new tower; its tokenizer and processor."""
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     sizes = lm.config.to_dict()
     names = (*world.SIZE_NAMES, "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "bos_token_id",
@@ -88,7 +89,7 @@ def build(folder):
         vision_end_token_id=token("<|vision_end|>"),
     )
     torch.manual_seed(0)
-    model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32)
+    model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=lm.dtype)
     model.model.language_model.load_state_dict(lm.model.state_dict())
     model.lm_head.load_state_dict(lm.lm_head.state_dict())
     model.eval().requires_grad_(False)
@@ -151,14 +152,14 @@ class Lessons:
         """A picture by the table, with noise: what the tower will not learn to the last digit is not needed so."""
         tokens = self.table(image, dice)
         tokens = tokens + self.table.noise * torch.randn_like(tokens)
-        return ir.EncodedImage(self.ids, {"pooler_output": (tokens,)}, self.grid)
+        return ir.EncodedImage(self.ids, {"pooler_output": (tokens.to(self.policy.hf.dtype),)}, self.grid)
 
     def told(self, dice):
         """The same in words, in the place of the picture."""
         shown = ", ".join(f"the {color} die shows {pips}" for color, pips in dice.items())
         head, _ = self.policy.template
         head = head.split("<|vision_start|>")[0] + f"The image shows three dice: {shown}.\n"
-        nothing = self.table.empty.new_zeros(0, self.table.empty.shape[-1])
+        nothing = torch.zeros(0, self.table.empty.shape[-1], dtype=self.policy.hf.dtype)
         return ir.EncodedImage(self.policy.tokenizer(head)["input_ids"], {"pooler_output": (nothing,)}, self.grid[:0])
 
     def log_probabilities(self, prompts, replies):
@@ -170,7 +171,7 @@ class Lessons:
             prefill = prefill.repeat(len(rows) // len(prompts), ids.shape[1] - 1, transformers.DynamicLayer)
             hidden = torch.cat([prefill.hidden[:, None], self.policy.extend(prefill, ids[:, :-1])], dim=1)
             hidden = torch.cat([h[:len(row)] for h, row in zip(hidden, rows)])
-            return self.policy.lm_head(hidden).log_softmax(-1)
+            return self.policy.lm_head(hidden).float().log_softmax(-1)
 
     def describe(self, rng, count):
         """The loss of descriptions, in nats per token. Runs backward."""
@@ -202,7 +203,7 @@ class Lessons:
         return {"nats": self.describe(random.Random(ir.derive_seed("descriptions", step)), 8)}
 
     def descriptions_and_replies(self, step):
-        nats = self.describe(random.Random(ir.derive_seed("more descriptions", step)), 3)
+        nats = self.describe(random.Random(ir.derive_seed("more descriptions", step)), 5)
         return {"descriptions, nats": nats, "replies, KL": self.recall([2 * step, 2 * step + 1])}
 
     def tell(self, batch=24):
@@ -268,21 +269,25 @@ def learn(folder, stage, learner, lesson):
             shown = {}
             save({"step": step + 1, "learner": learner.state_dict(), "optimizer": optimizer.state_dict()}, file)
 
-def open_eyes(folder, out):
+def open_eyes(folder, out, learned=None):
     part = out.with_name(out.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
     model, tokenizer, processor = build(folder)
     policy = ir.Policy(ir.Config(model=str(folder), device="cpu", lora_r=1), (model, tokenizer, processor))
     lessons = Lessons(policy, part)
-    learn(part, "descriptions", lessons.table, lessons.descriptions)
-    lessons.tell()
-    learn(part, "replies", lessons.table, lessons.descriptions_and_replies)
     table = lessons.table
+    if learned:
+        table.load_state_dict(torch.load(learned)["learner"])
+    else:
+        learn(part, "descriptions", table, lessons.descriptions)
+        lessons.tell()
+        learn(part, "replies", table, lessons.descriptions_and_replies)
     del model, policy, lessons
 
     model, tokenizer, processor = build(folder)  # without the adapters of a policy
-    tower = model.model.visual.requires_grad_(True)
+    tower = model.model.visual.float().requires_grad_(True)
     learn(part, "tower", tower, lambda step: learn_tower(model, processor, table, step))
+    tower.to(model.lm_head.weight.dtype)
     world.save_backbone(model, tokenizer, processor, out)
     check(folder, out)
 
@@ -314,4 +319,4 @@ def check(folder, out):
 
 if __name__ == "__main__":
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    open_eyes(Path(sys.argv[1]), Path(sys.argv[2]))
+    open_eyes(*map(Path, sys.argv[1:]))
