@@ -1511,10 +1511,14 @@ COMMANDS = {"demo": run_demo, "eval": run_eval, "report": run_report, "study": r
 
 # ==== Tests ===========================================================================================================
 
-torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
-os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 slow = pytest.mark.skipif("SLOW" not in os.environ, reason="more than 20 seconds: set SLOW=1")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about itself
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """The models are tiny: more threads only wait for each other, also in the processes that tests start."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
@@ -3227,9 +3231,12 @@ def test_commands_of_the_tests_file_run_the_copy_that_was_started(tmp_path):
     with open(tmp_path / "code/test_ireasoner.py", "a") as file:  # a command that asks itself, and a worker as of `study`
         file.write("def asked(*_):\n    return ir.proposer_prompt()\n"
                    "def ask_both(argv):\n    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
-                   "        print(asked(), *pool.map(asked, [0]))\nCOMMANDS['bench'] = ask_both\n")
-    process = subprocess.run([sys.executable, copy, "bench"], capture_output=True, text=True, timeout=120)
+                   "        print(asked(), *pool.map(asked, [0]), torch.get_num_threads(), 'threads')\n"
+                   "COMMANDS['bench'] = ask_both\n")
+    process = subprocess.run([sys.executable, copy, "bench"], capture_output=True, text=True, timeout=120,
+                             env=os.environ | {"OMP_NUM_THREADS": "2"})
     assert process.stdout.count("MY EDIT") == 2, process.stderr
+    assert "2 threads" in process.stdout  # that tests take one is no matter of a command's
     lonely = edited_copy(tmp_path / "lonely")
     process = subprocess.run([sys.executable, lonely, "bench"], capture_output=True, text=True, timeout=120)
     assert re.fullmatch("ireasoner: bench: .*test_ireasoner.*\n", process.stderr)

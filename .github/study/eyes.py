@@ -14,7 +14,6 @@ With the TABLE that an earlier run learned, OUT.part/replies.pt, the first two s
 """
 import json
 import math
-import os
 import random
 import sys
 from pathlib import Path
@@ -318,5 +317,4 @@ def check(folder, out):
     ir.say(f"described rightly: {right} of 64 pictures that were never taught, {dice_right} of 192 dice")
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     open_eyes(*map(Path, sys.argv[1:]))
