@@ -1207,7 +1207,7 @@ class TextModel(Policy):
         self.config = config
         self.device = ir.resolve_device(config.device)
         with ir.blame(f"--model {config.model}: not a text model with a chat template, here or on the Hub"):
-            self.hf = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype="auto")
+            self.hf = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype)
             self.hf.to(self.device).eval()
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
             self.tokenizer.get_chat_template()
@@ -3448,6 +3448,7 @@ def save_text_model(folder):
 
 def test_a_text_model_replies_as_in_transformers(tmp_path):
     save_text_model(tmp_path)
+    assert TextModel(Config(model=str(tmp_path), dtype="bfloat16")).hf.dtype == torch.bfloat16
     model = TextModel(Config(model=str(tmp_path)))
     texts = ["Hi.", "A longer prompt, so that the first one is padded."]
     replies = model.sample(None, [Prompt(None, text) for text in texts], 1, 12, temperature=0.0)
