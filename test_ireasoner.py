@@ -999,6 +999,17 @@ def make_run(run):
 
 def measure_pay(run):
     """What the majorities of a run paid to sound traces and not to unsound ones, over its well-posed questions."""
+    rows = well_posed_rows(run)
+    ans_gaps, _ = compare_pay(rows, lambda row: row["r_ans"])
+    step_gaps, wins = compare_pay(rows, lambda row: row["r_step"])
+    if not wins:
+        return {}
+    between, within = covariance(rows, "r_step")
+    return {"r_ans": fmean(ans_gaps), "r_step": fmean(step_gaps), "sound_paid_more": fmean(sum(wins, [])),
+            "groups": len(wins), "covariance_between": between, "covariance_within": within}
+
+def well_posed_rows(run):
+    """The questions of a run that its pictures can answer, and which of the replies to them are "sound"."""
     rows = []
     truth = {}
     for row in ir.read_jsonl(run / "rollouts.jsonl"):
@@ -1011,13 +1022,7 @@ def measure_pay(run):
             colors = re.findall("|".join(dice), question)
             row["sound"] = [is_sound(text, dice, colors) for text in row["texts"]]
             rows.append(row)
-    ans_gaps, _ = compare_pay(rows, lambda row: row["r_ans"])
-    step_gaps, wins = compare_pay(rows, lambda row: row["r_step"])
-    if not wins:
-        return {}
-    between, within = covariance(rows, "r_step")
-    return {"r_ans": fmean(ans_gaps), "r_step": fmean(step_gaps), "sound_paid_more": fmean(sum(wins, [])),
-            "groups": len(wins), "covariance_between": between, "covariance_within": within}
+    return rows
 
 def covariance(rows, reward):
     """Of a reward with soundness, over the members of all majorities: (between questions, within questions). A baseline
