@@ -2885,6 +2885,14 @@ def on_tiny_model(code, world, run):
     code = code.replace("Qwen/Qwen2.5-VL-7B-Instruct", str(world / "model"))
     return code.replace("runs/ireasoner_seed0/step_002500", str(run / "step_000006"))
 
+@pytest.mark.parametrize("page", ["README.md", ".github/study/README.md"])
+def test_links_lead_to_files_that_are_shipped(page):
+    links = re.findall(r"\]\(([^)]+)\)", (HERE / page).read_text(encoding="utf-8"))
+    files = [link for link in links if not link.startswith("https://")]
+    assert files
+    for file in files:
+        assert (HERE / page).parent.joinpath(file).exists(), file
+
 def test_readme_walks_through_the_equations(capsys):
     exec(readme_example("ir.answer_distribution"), {})
     assert capsys.readouterr().out in readme_blocks("text")
