@@ -3,10 +3,11 @@ dice, and writes a Qwen2.5-VL checkpoint that `python ireasoner.py --model OUT` 
 
     python .github/study/eyes.py LM_FOLDER OUT [TABLE]
 
-The language model stays as it is, to the last bit and in its dtype. Three stages, stopped at any time and continued by the same command:
+The language model stays as it is, to the last bit and in its dtype. Three stages, stopped at any time and continued by
+the same command:
 1. descriptions: what should the four visual tokens of a die be? A table of vectors is learned until the language model,
-   frozen, describes dice by it. (The embeddings of " red" and "3" do not suffice: all visual tokens of a picture have
-   one position in time, so nothing says which number is whose.)
+   frozen, describes dice by it. (The embeddings of " red" and "3" do not suffice: where tokens lie in a picture is
+   told by positions in height and width, which a language model never learned to read.)
 2. replies: what the model itself replies to `solver_prompt` and `proposer_prompt` when it is told in words what a
    picture shows, it must find as likely when it reads the table's vectors; with descriptions in between.
 3. tower: a vision tower learns to turn pictures into those vectors. No language model takes part.
