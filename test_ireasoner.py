@@ -3325,6 +3325,25 @@ def test_the_study_s_page_shows_what_premise_says_of_its_replies():
         cells = [f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high, _ in cells]
         assert f"| {name} | {' | '.join(cells)} |" in page
 
+def test_the_study_s_page_shows_what_replies_with_eyes_are():
+    lines = defaultdict(lambda: "|")
+    for name in ("replies-0.5b", "seen-before", "seen-after"):
+        rows = list(ir.read_jsonl(HERE / f".github/study/{name}.jsonl"))[:100]
+        for label, numbers in weigh_premise(rows).items():
+            if label != "likeness":
+                value, low, high, _ = numbers
+                lines[label] += f" {value:.2f} [{low:.2f}, {high:.2f}] |"
+    readings = defaultdict(list)
+    for row in ir.read_jsonl(HERE / ".github/study/read-blindly.jsonl"):
+        readings[row["model"]].append((row["grade"] == "S", row["true_readings"], row["readings"]))
+    for model in ("told", "before", "after"):
+        sound, true, stated = map(sum, zip(*readings[model]))
+        lines["30 replies read blindly: sound and complete"] += f" {sound} |"
+        lines["their readings of dice that are true"] += f" {true} of {stated} |"
+    page = (HERE / ".github/study/README.md").read_text(encoding="utf-8")
+    for label, line in lines.items():
+        assert f"| {label} {line}" in page
+
 def test_study_draws_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     shutil.copytree(HERE / ".github/study/earlier", tmp_path / "study")
