@@ -29,16 +29,17 @@ or table of the paper, [code] for the authors' released code, [ours].
 
 Where the defaults depart from the paper's letter, and why:
 - Eq 1: a rollout without a complete <answer>, or with an empty one, is invalid: it counts in N, never votes, earns 0.
-- g(H), with invalid rollouts as outcomes or without, whichever is smaller, is multiplied by the share of valid ones.
-  With either alone, a question that breaks some rollouts could pay the Proposer more.
-- Eq 3: an empty step belongs to no G_j, and a position where |G_j| < 2 is skipped: one trace agrees with itself.
+- y: the trace is all before the last complete <answer>, in <think> or not: models often close <think> too early.
+- g(H): the Proposer earns the smaller of g(H) with invalid rollouts as outcomes and g(H) without them, times the share
+  of valid ones. Either alone could pay it for breaking rollouts.
+- Eq 3: an empty step belongs to no G_j and scores 0. Positions where |G_j| < 2 are skipped: one trace agrees with
+  itself.
 - Eq 4: the weights w_j sum to 1 over a trace's comparable positions [code]. As printed, the sum grows with the number
   of steps; normalized, it can pay a trace for stopping before the steps that vary most.
 - Eq 7: log pi is the mean over a rollout's tokens [code]. This is biased: E[(1/T) grad log pi] = grad E[1/T] is not 0,
   so a constant advantage teaches length, and no constant baseline removes that (Dr. GRPO, arXiv 2503.20783).
   --logprob_reduction sum is the unbiased reading.
 - A step takes one image per rank, so 2,500 steps on eight ranks see 20,000 images; the paper's pool holds 2,500.
-- Table 2's rows "gamma = 0.5" and "1.0" vary what Eq 5 calls alpha: here they are the presets alpha_0.5 and alpha_1.0.
 Good to know: ties of Eq 2 go to the answer seen first, so with votes 2-2-1 chance decides which pair earns r_step. mu_j
 of Eq 3 contains e_ij itself, which compresses r_ij: two traces of cosine c have r = sqrt((1 + c) / 2). The KL of Eq 7
 is exact at each sampled position; its gradient leaves out, as is usual (arXiv 2506.09477), that a token also changes
@@ -48,7 +49,7 @@ Symbols: x image, q question, y_i rollout, a_i its normalized answer (`vote`), s
 majority answer, G the rollouts that gave it, mu_j prototype, r_tilde agreement of a trace, rho density, lam lambda(t),
 kappa `position_decay`, b baseline, beta `kl_coef`, tau `kl_target`, eta of Eq 8 `kl_adapt_rate`.
 Axes in shape comments: B prompts (one image each), N rollouts of a question, P prompt tokens, R completion tokens,
-T tokens of one completion, M those of several in one row, rows = B N, V vocabulary, d model width, J steps of a trace.
+T tokens of one completion, M those of several in a row, rows = B N, V vocabulary, d model width, J steps of a trace.
 """
 import argparse
 import contextlib
@@ -131,7 +132,7 @@ class Config:
     max_new_tokens_solver: int = setting(256, (1, 65536), "longest solution, tokens [code]")
     max_pixels: int = setting(802816, (784, 10**8), "pixels to which Qwen-VL models shrink larger images [ours]")
     # rewards, Eq 1 to 6
-    answer_reward: str = setting("soft", ["soft", "discrete"], "soft: Eq 5, g(H); discrete: 0 or 1, both roles [Tab 1]")
+    answer_reward: str = setting("soft", ["soft", "discrete"], "soft: Eq 5, g(H); discrete: 0 or 1 for both [Tab 1]")
     alpha: float = setting(0.7, (1e-6, 100), "sharpness of the answer reward, Eq 5 [code]")
     step_similarity: str = setting("cosine", ["cosine", "numbers"], "Eq 3 and 4, or overlap of the numbers [3.2]")
     eta: float = setting(0.05, (0, 1), "strength of the length penalty, Eq 5 [code]")
@@ -201,7 +202,7 @@ PRESETS = {  # the rows of the paper's tables, for Config(**PRESETS["evolmm"], d
     "no_position_decay": {"position_decay": 0.0},
     "no_density": {"gamma": 0.0},
     "no_length_penalty": {"eta": 0.0},
-    "alpha_0.5": {"alpha": 0.5},                                       # printed as gamma = 0.5
+    "alpha_0.5": {"alpha": 0.5},                                       # printed as gamma = 0.5: it varies Eq 5's alpha
     "alpha_1.0": {"alpha": 1.0},                                       # printed as gamma = 1.0
     "steps_4": {"max_reasoning_steps": 4},                             # Table 3, from here on
     "steps_6": {"max_reasoning_steps": 6},
@@ -243,7 +244,7 @@ def answer_entropy(answers: list[str | None]) -> float:
     return math.fsum(count / n * math.log(n / count) for count in outcomes.values())
 
 def entropy_reward(entropy: float, mu: float = 0.90, sigma: float = 0.35) -> float:
-    """g(H), the Proposer's reward (section 3.1; form and values from the released code): a bell around H = mu nats,
+    """g(H), the Proposer's reward (3.1, 3.3; form and values from the released code): a bell around H = mu nats,
     since a question on which all rollouts agree, or none do, teaches nothing."""
     return math.exp(-((entropy - mu) ** 2) / (2 * sigma ** 2))
 
@@ -360,9 +361,8 @@ def mix_rewards(r_ans, r_step, lam: float):
 def reinforce_loss(logprobs: list[torch.Tensor], kl: list[torch.Tensor], advantages: list[float], beta: float,
                    reduction: str = "mean", max_tokens: int = 1) -> torch.Tensor:
     """Eq 7, the mean over rollouts of -(r - b) log pi(y|x,q) + beta KL(pi || pi_ref). A scalar.
-    logprobs[i] and kl[i] are (T_i,), both in nats; advantages[i] is r_i - b. log pi and the KL of a rollout are means
-    over its tokens [code], or with "sum" their sums over `max_tokens`, a constant: the longest that a rollout may be,
-    so that learning rate, beta and tau keep their scale [ours]."""
+    logprobs[i] and kl[i] are (T_i,), in nats; advantages[i] is r_i - b. log pi and KL are means over a rollout's tokens
+    [code], or with "sum" sums divided by a constant, `max_tokens`, so that lr, beta and tau keep their scale [ours]."""
     losses = []
     for logp, divergence, advantage in zip(logprobs, kl, advantages):
         tokens = len(logp) if reduction == "mean" else max_tokens
@@ -412,8 +412,8 @@ def group_rewards(rollouts: list["Rollout"], embeddings: list[torch.Tensor], lam
                   question: str = "") -> dict:
     """YOUR REWARD HERE, or in a function of your own for `train(config, reward=...)`: all rewards of one question, from
     its N parsed rollouts and their step embeddings, (J_i, d) each, at lambda(t). "r_sol", a list of N numbers, trains
-    the Solver and "r_prop", a number, the Proposer. All else is logged: as it is in rollouts.jsonl, numbers and lists
-    of N numbers (None allowed) also as their mean in metrics.jsonl."""
+    the Solver and "r_prop", a number, the Proposer. The dict goes into rollouts.jsonl, and the means of its numbers and
+    of its lists of N numbers (None allowed) into metrics.jsonl."""
     n = len(rollouts)
     answers = [rollout.vote for rollout in rollouts]
     valid = [a for a in answers if a is not None]
@@ -434,7 +434,7 @@ def group_rewards(rollouts: list["Rollout"], embeddings: list[torch.Tensor], lam
             r_ans[i] = answer_reward(p[a], excess, config.alpha, config.eta)  # Eq 5
     r_sol = [mix_rewards(r_ans[i], r_step[i], lam) for i in range(n)]  # Eq 6
 
-    # No way of breaking a rollout may pay the Proposer [ours]
+    # At N = 5 and the default bell no way of breaking rollouts pays the Proposer [ours]
     entropy = answer_entropy(answers)
     entropy_valid = answer_entropy(valid)
     if config.answer_reward == "discrete":
@@ -512,10 +512,9 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n\s*")
 
 def split_steps(think: str, max_steps: int = 8) -> list[str]:
     """The numbered claims of a trace, in order, at most `max_steps` (section 3.2: s_i1 ... s_iJ).
-    Reads `Step 1:` and its like, else the numbered lines `1.` or `1)`, where a trace has two of a kind; else its
-    sentences. The label decides the position, so that step j of one trace stands beside step j of another; a step that
-    is empty or missing is "". What stands before `Step 1` is dropped, but what stands before a first `Step 2` is step
-    1: models take over the label from the prompt.
+    Reads `Step 1:` and its like, else numbered lines, `1.` or `1)`, whichever first give two steps; else its sentences.
+    The label decides the position, so that step j of one trace stands beside step j of another; a step that is empty or
+    missing is "". What stands before a first `Step 2` is step 1, since models take that label over from the prompt.
 
     >>> split_steps("I look first.\\n**Step 1:** 3.5 is\\n  the height\\n2) so\\nstep 2 - it fits")
     ['3.5 is the height 2) so', 'it fits']
@@ -639,9 +638,9 @@ class Scores:
 
 @dataclass
 class Prefill:
-    """Prompts in the key/value cache, ready to be continued."""
+    """Prompts in the key/value cache, ready to be continued. `repeat` turns its B rows into B N."""
     cache: object                 # B rows of P tokens, padded on the left
-    mask: torch.Tensor            # (B, P), 1 for real tokens; once repeated (rows, P + room)
+    mask: torch.Tensor            # (B, P), 1 for real tokens; once repeated (B N, P + room)
     next_position: torch.Tensor   # (B,) rotary position of the first completion token
     hidden: torch.Tensor          # (B, d) hidden state that predicts the first completion token
 
@@ -869,14 +868,14 @@ class Policy:
         def decode():
             """One token more, in kernels alone: nothing here waits for the device or depends on a number in Python."""
             last = token_ids.index_select(1, t - 1)  # (rows, 1)
-            choose(self.extend(rows, last, done=t - 1)[:, 0])
+            choose(self.extend(repeated, last, done=t - 1)[:, 0])
 
         with self.adapter(role):
             prefill = self.prefill(prompts)
-            length = prefill.mask.shape[1] + max_new_tokens  # in full: no token copies old ones
-            rows = prefill.repeat(num_samples, max_new_tokens, lambda: transformers.StaticLayer(length))
-            choose(rows.hidden)
-            step = on_side_stream(decode)  # plain calls first, as a capture needs
+            length = prefill.mask.shape[1] + max_new_tokens  # all room at once: a new token does not copy the old ones
+            repeated = prefill.repeat(num_samples, max_new_tokens, lambda: transformers.StaticLayer(length))
+            choose(repeated.hidden)
+            step = on_side_stream(decode) if self.device.type == "cuda" else decode  # plain calls first
             for count in range(1, max_new_tokens):  # finished rows go on, and are cut in the end
                 if count == 4:
                     step = self.captured(decode)
@@ -939,8 +938,8 @@ class Policy:
 
     @torch.no_grad()
     def embed_steps(self, steps: list[str]):
-        """f(s) of section 3.2: the l2-normalized sum, so also the mean, of a step's token embeddings: (J, d), CPU. An
-        empty step stays zero."""
+        """f(s) of section 3.2: the l2-normalized mean (of the sum: the same) of a step's token embeddings, (J, d), CPU.
+        An empty step stays zero."""
         table = self.hf.get_input_embeddings().weight
         e = torch.zeros(len(steps), table.shape[1], device=self.device)
         for j, step in enumerate(steps):
@@ -949,9 +948,9 @@ class Policy:
         return F.normalize(e, dim=-1).cpu()
 
 def capture(step):
-    """Records one call of `step` as a CUDA graph, without doing its work, and returns the graph's replay. On the CPU it
-    returns `step`. A replay launches all kernels at once; Python launches some 2,700 a token of the 7B one by one, and
-    the GPU waits. `step` must find and leave all in the same tensors, numbers too."""
+    """Records one call of `step` as a CUDA graph, without doing its work, and returns the graph's replay; without CUDA,
+    `step`. A replay launches all kernels at once: one by one from Python, some 2,700 a token of the 7B, they keep the
+    GPU waiting. `step` must read and write the same tensors at every call, for its numbers too."""
     if not torch.cuda.is_available():
         return step
     graph = torch.cuda.CUDAGraph()
@@ -960,9 +959,7 @@ def capture(step):
     return graph.replay
 
 def on_side_stream(step):
-    """Calls of `step` on a stream of their own, where PyTorch wants the calls before a capture. On the CPU: `step`."""
-    if not torch.cuda.is_available():
-        return step
+    """Calls of `step` on a stream of their own, where PyTorch wants the calls before a capture."""
     side = torch.cuda.Stream()
     def run():
         side.wait_stream(torch.cuda.current_stream())
@@ -1090,7 +1087,7 @@ class Learner:
                learn: bool = True):
         """One optimizer step over all rollouts of all ranks (Eq 7), then beta (Eq 8) and the baseline; without `learn`
         the baseline alone. The lists have one entry per question (Proposer: image) of this rank. Returns what to log.
-        If the gradient norm or the KL is not finite, all ranks skip the update; the fifth skip raises UserError."""
+        If the gradient norm or the KL is not finite, all ranks skip the update; five in a row raise UserError."""
         config = self.policy.config
         of_this_rank = sum(rewards, [])
         reward_sum, count = all_sum(sum(of_this_rank), len(of_this_rank))
@@ -1311,13 +1308,14 @@ def list_checkpoints(run):
     """Complete checkpoints of a run, newest first."""
     return sorted((file.parent for file in run.glob("step_[0-9]*/trainer_state.pt")), reverse=True)
 
-def start_log(run, config, last_step):
+def start_log(run, config, last_step, stack):
     """Writes the settings. A resumed run makes the steps after its checkpoint again, so their rows are cut off."""
     if config.wandb:  # first: where it fails, the folder is still as it was
         with blame(f"--wandb {config.wandb}: cannot be started. Try pip install wandb, or leave the flag out"):
             import wandb
             wandb.init(project=config.wandb, name=run.name, id=str(derive_seed(str(run.resolve()))), resume="allow",
                        config=dataclasses.asdict(config))
+            stack.callback(wandb.finish)
     texts = {"config.json": json.dumps(dataclasses.asdict(config), indent=2) + "\n"}
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         rows = [row for row in read_jsonl(run / name) if row.get("step") in range(last_step + 1)]
@@ -1396,13 +1394,12 @@ class Episode:
 
 def train(config: Config, reward=group_rewards):
     """Self-evolution on folders of images. `reward` is called as `group_rewards` is. Returns the run folder."""
-    device = resolve_device(config.device)
-    # Fail early, before the ranks wait for each other: without images, a readable one, the backbone's files
+    # Fail early, before the ranks wait for each other: where there is no image, no readable one or no backbone
     paths = list_images(config.data)
     load_next_image(paths, config.seed, 0)
     checkpoint_folder(config.model)
-    join_ranks(device)
-    with open_run(config) as (run, newest), stop_signals() as signals:
+    join_ranks(resolve_device(config.device))
+    with open_run(config) as (run, newest), contextlib.ExitStack() as stack:
         start = f"resumed after step {int(newest.name[5:])}" if newest else "from the start"
         say(f"{len(paths)} image(s), {config.images_per_rank * world_size()} a step on {world_size()} rank(s); model "
             f"{config.model}; run folder {run}; {start}")
@@ -1418,9 +1415,10 @@ def train(config: Config, reward=group_rewards):
             say(f"warning: there were {progress['num_files']} images before, so their order changes from here on")
         step = progress["step"]
         images_seen = progress["images_seen"]
-        on_rank_zero(start_log, run, config, step)
+        on_rank_zero(start_log, run, config, step, stack)
         if config.num_rollouts == 1:
             say("with --num_rollouts 1 nothing can agree, so nothing is learned from agreement")
+        signals = stack.enter_context(stop_signals())  # not before: a download is not waited for
         stopped = False
         while step < config.total_steps and not stopped:
             step += 1
@@ -1447,7 +1445,7 @@ def train(config: Config, reward=group_rewards):
                 [Prompt(e.image, solver_prompt(e.question)) for e in asked],
                 [e.completions for e in asked],
                 [e.rewards["r_sol"] for e in asked])
-            # Its baseline follows every step, its adapter every fifth, as in the paper
+            # The Proposer's baseline follows every step, its adapter every fifth, as in the paper
             stats["proposer"] = learners["proposer"].update(
                 [Prompt(e.image, proposer_prompt()) for e in episodes],
                 [[e.proposal] for e in episodes],
@@ -1563,10 +1561,10 @@ def log_step(run, config, rows, stats, seconds):
     else:
         say(f"{rows[0]['step']:5d}/{config.total_steps} | no proposal held a question: see them in rollouts.jsonl")
 
-# Edit these to print another metric; what a step does not have is "nan"
+# Edit these to print another metric; what a step does not have is "nan", and z makes "0.0" of "-0.0"
 STEP_LINE = ("{step:5.0f}/{total_steps} | H {entropy:.2f} (valid {entropy_valid:.2f}) maj {group_size:.1f} "
-             "bad {invalid:.0%} | r_ans {r_ans:.2f} r_step {r_step:.2f} lam {lambda:.2f} r_sol {r_sol:.2f} "
-             "r_prop {r_prop:.2f} no question {no_question:.0%} | KL {kl_solver:.4f} beta {beta_solver:.4f} | "
+             "bad {invalid:.0%} | r_ans {r_ans:.2f} r_step {r_step:z.2f} lam {lambda:.2f} r_sol {r_sol:z.2f} "
+             "r_prop {r_prop:.2f} no question {no_question:.0%} | KL {kl_solver:z.4f} beta {beta_solver:.4f} | "
              "{seconds:.2f} s {tokens_per_second:.0f} tok/s, {left:.0f} min left")
 WATCH_LINE = ("    watch: two replies agree {pair_agreement:.0%}, two about different images {swapped_agreement:.0%}; "
               "distinct questions {distinct_questions:.0%}")
@@ -1575,7 +1573,7 @@ def print_step(config, metrics, row):
     """The line of a step and, from time to time, the signs of collapse and the rollouts of a question."""
     values = defaultdict(lambda: math.nan, total_steps=config.total_steps)
     values["left"] = metrics["seconds"] * (config.total_steps - row["step"]) / 60
-    values |= {key: 0.0 if -1e-4 < value < 0 else value for key, value in metrics.items()}  # no "-0.0000"
+    values |= metrics
     say(STEP_LINE.format_map(values))
     if "pair_agreement" in metrics:
         say(WATCH_LINE.format_map(values))
@@ -1601,7 +1599,7 @@ def ask(argv):
     prompt = Prompt(load_image(own["image"]), solver_prompt(own["question"]))
     policy, role = load_solver(settings, own["adapter"])
     reply = policy.sample(role, [prompt], 1, policy.config.max_new_tokens_solver, temperature=0.0)[0][0]
-    rollout = parse_rollout(reply.text)
+    rollout = parse_rollout(reply.text, 1000)
     for j, step in enumerate(rollout.steps, 1):
         say(f"Step {j}: {step}")
     say(f"Answer: {rollout.answer}" if rollout.answer else f"(no <answer> in the reply) {rollout.text}")
@@ -1680,11 +1678,11 @@ def main(argv=None):
         message = str(error)
         stopped = isinstance(error, Stopped)
     except torch.OutOfMemoryError as error:
-        message = f"{str(error).splitlines()[0]} Lower --score_rollouts, --images_per_rank or --max_pixels"
+        message = f"{str(error).splitlines()[0]} Lower --max_pixels, --score_rollouts, --images_per_rank or the batch"
     except KeyboardInterrupt:
         message = "interrupted"
     status = 2 if message else 0
-    # Before the ranks have joined, the last of each node says why they failed: where GPUs are too few, it has none
+    # Before the ranks have joined, the last of each node says why they failed: where GPUs are too few, it lacks one
     speaks = int(os.environ.get("LOCAL_RANK", 0)) + 1 == int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if message and dist.is_initialized():  # then the first that fails does
         speaks = dist.distributed_c10d._get_default_store().add("failures", 1) == 1

@@ -1,5 +1,5 @@
 """What proves and shows ireasoner.py: the dice world with its demo, accuracy on questions, pictures of runs, the study,
-the premise, a benchmark, and the tests. CPU only, no download.
+the premise, a benchmark, and the tests. Demo and tests need no GPU and no download.
 
     python ireasoner.py demo|eval|report|study|premise|bench --help   # commands that ireasoner.py hands over
     python -m pytest -q                                               # all tests
@@ -239,6 +239,7 @@ def make_dice_world(folder, seed, cancel, num_images=512, num_questions=600, **w
     """Writes folder/images (unlabeled PNGs), folder/holdout.jsonl with its pictures, folder/truth.jsonl (what the
     pictures show, which training never reads) and folder/model, the seed model."""
     part = folder.with_name(f".{folder.name}.{os.getpid()}")  # renamed at the end: there as a whole, or not at all
+    shutil.rmtree(part, ignore_errors=True)  # of a killed process with this number
     rng = random.Random(ir.derive_seed(seed, "images"))
     pictures = draw_pictures(part / "images", num_images, rng)
     truth = [{"image": row["image"], "dice": row["dice"]} for row in pictures]
@@ -315,6 +316,7 @@ def draw_lesson(facts, rng):
 DEMO = {
     "total_steps": 120, "lr": 1e-3, "kl_coef": 0.02, "kl_coef_min": 0.01, "kl_coef_max": 1.0, "advantage": "group",
     "max_new_tokens_proposer": 24, "max_new_tokens_solver": 64, "show_every": 60, "device": "cpu",
+    "images_per_rank": max(1, 16 // int(os.environ.get("WORLD_SIZE", 1))),  # 16 a step on any number of ranks
 }
 COLUMNS = ("mean_at_n", "maj_at_n", "greedy", "trace_mean_at_n", "trace_greedy", "wrong_reason")
 
@@ -339,16 +341,16 @@ def demo(settings, cancel=0.5, json_file="", reward=ir.group_rewards):
     torch.set_num_threads(1)  # at this size more threads only wait for each other
     if not 0 <= cancel <= 1:
         raise UserError(f"--cancel {cancel}: must be from 0 to 1")
-    config = Config(**{**DEMO, "images_per_rank": images_per_demo_rank(), **settings})
+    config = Config(**{**DEMO, **settings})
     world = Path(config.output_dir) / world_name(config.seed, cancel)
     config.model = str(world / "model")
     config.data = (str(world / "images"),)
     preset = config.run_name.removesuffix("_seed{seed}")
-    own_name = preset == config.run_name
+    own_name = config.run_name not in [row["run_name"] for row in ir.PRESETS.values()]
     if not own_name:
         similarity = "" if config.step_similarity == "cosine" else f"_{config.step_similarity}"
         config.run_name = f"demo_{preset}{similarity}_{config.advantage}_seed{config.seed}_cancel{cancel:g}"
-    run = Path(config.output_dir, config.run_name)
+    run = Path(config.output_dir, config.run_name.replace("{seed}", str(config.seed)))
     ir.join_ranks(ir.resolve_device(config.device))
     with result_file(json_file) as result:
         ir.say("1. The dice world")
@@ -380,7 +382,8 @@ def demo(settings, cancel=0.5, json_file="", reward=ir.group_rewards):
         after, new_rows = judge(policy, "solver", questions, "after self-evolution")
         show_mended_trace(old_rows, new_rows, run / "demo.png")
 
-        kls = [row["kl_solver"] for row in ir.read_jsonl(run / "metrics.jsonl") if "kl_solver" in row]
+        kls = [row.get("kl_solver") for row in ir.read_jsonl(run / "metrics.jsonl")]
+        kls = [kl for kl in kls if kl is not None]  # neither of a skipped update nor of a step without a question
         result |= {
             "preset": preset, "advantage": config.advantage, "cancel": cancel, "seed": config.seed,
             "seconds": round(time.perf_counter() - start, 1), "before": before, "after": after, "controls": controls,
@@ -391,10 +394,6 @@ def demo(settings, cancel=0.5, json_file="", reward=ir.group_rewards):
         ir.say(closing_words(result))
         ir.say(next_steps(run, world, questions[0]["question"]))
     return result
-
-def images_per_demo_rank():
-    """16 images a step, on any number of ranks that divides them."""
-    return max(1, 16 // int(os.environ.get("WORLD_SIZE", 1)))
 
 def world_name(seed, cancel):
     """The folder of a dice world. An edited prompt is taught anew."""
@@ -444,12 +443,11 @@ def draw_mended_trace(old, new, picture):
 
 def is_true(step, dice):
     """A claim for itself: a reading, a sum or a parity."""
-    words = step.split()
-    if words[1] == "shows":
-        return words[2] == str(dice[words[0]])
-    if words[1] == "+":
-        return int(words[0]) + int(words[2]) == int(words[4])
-    return words[2] == parity(int(words[0]))
+    true = readings(dice, dice)
+    for a in range(19):
+        true.append(f"{a} is {parity(a)}")
+        true += [f"{a} + {b} = {a + b}" for b in range(19)]
+    return step in true
 
 def ill_posed_share(world, run, after_step):
     """Of the questions that the Proposer asked in the 20 steps after a step."""
@@ -482,13 +480,10 @@ def closing_words(result):
 
 def next_steps(run, world, question):
     """What to type after the demo."""
-    picture = "pip install matplotlib       # then the demo and `report` draw pictures"
-    if (run / "demo.png").exists():
-        picture = f"python ireasoner.py report {run}       # all curves; {run}/demo.png shows an example"
     step = ir.list_checkpoints(run)[0]
     return ("\nNext:\n"
             f'    python ireasoner.py ask {world}/holdout/0000.png "{question}" --adapter {step}\n'
-            f"    {picture}\n"
+            f"    python ireasoner.py report {run}       # all curves, with pip install matplotlib\n"
             "    cp ireasoner.py mine.py      # edit a reward or a prompt there, then: python mine.py demo\n"
             "    python ireasoner.py --help   # train on images of your own")
 
@@ -522,7 +517,8 @@ def result_file(path):
         file = open(path, "x", encoding="utf-8")
     try:
         yield result
-        json.dump(result, file, indent=2)
+        plain = json.loads(json.dumps(result, default=str), parse_constant=lambda name: None)  # JSON has no NaN
+        json.dump(plain, file, indent=2)
     except BaseException:  # Ctrl-C too: what is left would be half a result
         os.unlink(path)
         raise
@@ -656,7 +652,7 @@ def report(runs, out):
         disagreement = "  ".join(f"{d:.2f}" for d in ir.depth_disagreement(torch.tensor(table)))
         axes = figure.add_subplot(grid[-1, :2], ylabel="rollout i of the majority")
         axes.set_xlabel(f"step j of the trace; disagreement D_j = 1 - mean S_ij: {disagreement}")
-        axes.set_title("Fig 7: likeness S_ij of step j to the others' step j, in the least alike of 100 groups")
+        axes.set_title("Fig 7: likeness S_ij of step j to the others' step j, the least alike of the last 100 groups")
         axes.set_xticks(range(table.shape[1]), range(1, table.shape[1] + 1))
         figure.colorbar(axes.imshow(table, aspect="auto"))
     with ir.blame(f"--out {out}: cannot be written"):
@@ -760,8 +756,9 @@ def clock_parts(clock, policy, learners):
     hidden = policy.completion_hidden
 
     def clocked_hidden(*arguments):
-        name = "forward" if torch.is_grad_enabled() else "reference"  # a pass without gradients is the reference's
-        return clock(name, hidden, *arguments)
+        if torch.is_grad_enabled():  # the role's own pass
+            return hidden(*arguments)
+        return clock("reference", hidden, *arguments)
 
     policy.completion_hidden = clocked_hidden
     for learner in learners.values():
@@ -807,27 +804,8 @@ def random_policy(size, n, enforce_eager=False):
     policy.stop_ids = set()
     return policy
 
-BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12, "MI250X": 1.6e12}  # bytes a second; MI250X: of a GCD
-
-def least_ms_a_token(policy, rows, length, card):
-    """Milliseconds that a card needs to read the language model's weights and the cache of `rows` once, in words."""
-    config = policy.hf.config.get_text_config()
-    weights = [*policy.hf.get_decoder().parameters(), policy.lm_head.weight]
-    of_weights = sum(weight.numel() * weight.element_size() for weight in weights)
-    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
-    of_cache = rows * length * config.num_hidden_layers * 2 * width * policy.hf.dtype.itemsize
-    for name, speed in BANDWIDTH.items():
-        if name in card:
-            return f", of which memory alone takes {1000 * (of_weights + of_cache) / speed:.2f}"
-    return ""
-
-def bench(size, images, n, steps, compare, enforce_eager, json_file):
-    """Seconds per step. A Proposer update counts with its share of the steps."""
-    with result_file(json_file) as result:
-        result |= time_steps(size, images, n, steps, compare, enforce_eager)
-
-def time_steps(size, images, n, steps, compare, enforce_eager):
-    """Medians over the steps; prints them, and in brackets the range."""
+def bench(size, images, n, steps, compare, enforce_eager):
+    """Seconds per step: medians over the steps, and in brackets the range."""
     _, (_, image_size, text_length, question, solution) = SIZES[size]
     policy = random_policy(size, n, enforce_eager)
     learners = {role: ir.Learner(policy, role) for role in ir.ROLES}
@@ -859,7 +837,8 @@ def time_steps(size, images, n, steps, compare, enforce_eager):
     phases = {phase: median(step[phase] for step in ours) for phase in PHASES}
     totals = [sum(step.values()) for step in ours]
     seconds = median(totals)
-    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated() if gpu else of_process
     sampling = phases["propose"] + phases["solve"]
     sampled = images * (question + n * solution)
     result = {
@@ -871,13 +850,12 @@ def time_steps(size, images, n, steps, compare, enforce_eager):
     }
     for phase, value in phases.items():
         print(f"{phase:<10} {value:8.3f} s {value / seconds:5.0%}")
-    least = least_ms_a_token(policy, images * n, prompt_length + solution, processor)
     how = "captured" if result["captured"] else "plain calls"
-    print(f"{'sampling':<10} {sampling:8.3f} s, {sampled / sampling:.0f} tokens/s, {result['ms_per_token']:.2f} ms for a "
-          f"token of all rows{least}; {how}")
+    print(f"{'sampling':<10} {sampling:8.3f} s, {sampled / sampling:.0f} tokens/s, {result['ms_per_token']:.2f} ms a "
+          f"token of all rows; {how}")
     print(f"{'step':<10} {seconds:8.3f} s [{min(totals):.3f}, {max(totals):.3f}], "
           f"{result['tokens_per_second']:.0f} tokens/s, {result['images_per_hour']:.0f} images/hour, "
-          f"peak memory {peak / 2**30:.2f} GiB")
+          f"peak memory{' of both loops' if compare else ''} {peak / 2**30:.2f} GiB")
     if compare:
         ratios = [theirs / own for theirs, own in zip(plain, totals)]
         result["naive_seconds_per_step"] = median(plain)
@@ -939,16 +917,15 @@ VARIANTS = {  # rewards that are no presets: `ireasoner` with these settings, an
     "numbers_shuffled": ({"step_similarity": "numbers"}, shuffled),
 }
 
-def study(folder, rows, cancels, seeds, settings, workers,
-          only_table):
+def study(settings, folder, rows, cancel, seeds, workers, table):
     """The demo over a grid, one JSON per run in a folder. Finished runs are skipped, so it can be stopped at any time
     and continued by the same command. Ends with a table, and a picture in the folder."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file. Name a folder for the results")
-    if not only_table:
-        grid = itertools.product(rows, cancels, seeds)  # neighbors differ in the seed, so in the world
+    if not table:
+        grid = itertools.product(rows, cancel, seeds)  # neighbors differ in the seed, so in the world
         runs = [plan_run(folder, *point, settings) for point in grid]
-        make_runs([run for run in runs if not run[0].exists()], workers)
+        make_runs([run for run in runs if not is_made(*run)], max(1, workers))
     tables = collect_tables(folder)
     print_tables(tables)
     draw_study(tables, folder / "study.png")
@@ -961,8 +938,22 @@ def plan_run(folder, row, cancel, seed, settings):
     if preset not in ir.PRESETS:
         raise UserError(f"--rows {row}: must be ADVANTAGE:REWARD, a REWARD being a preset or {', '.join(VARIANTS)}")
     file = folder / f"cancel{cancel:g}-{advantage}-{reward}-seed{seed}.json"
+    of_row = {**ir.PRESETS[preset], **of_variant}
+    for name in of_row.keys() & settings.keys():
+        raise UserError(f"--{name}: the row {row} sets it. Leave one of them out")
     own = {"advantage": advantage, "seed": seed, "run_name": file.stem, "output_dir": str(folder / "runs")}
-    return file, {**ir.PRESETS[preset], **of_variant, **settings, **own, "resume": True}, cancel, reward
+    return file, {**of_row, **settings, **own, "resume": True}, cancel, reward
+
+def is_made(file, settings, *_):
+    """Whether a run's file is there. Raises UserError where it was made with other settings."""
+    if not file.exists():
+        return False
+    there = json.loads(file.read_text()).get("settings", settings)  # early files do not name theirs
+    for name in there.keys() | settings.keys():
+        if there.get(name) != settings.get(name) and name != "output_dir":
+            raise UserError(f"{file}: made with --{name} {there.get(name)}, not {settings.get(name)}. Choose another "
+                            "folder (None: the default)")
+    return True
 
 def make_runs(runs, workers):
     """Each in a process of its own. Whatever ends this function ends those too; they save where they are."""
@@ -990,7 +981,11 @@ def make_run(run):
         if file.exists():
             return
         _, of_variant = VARIANTS.get(reward, ({}, ir.group_rewards))
-        result = demo(settings, cancel, reward=of_variant)
+        try:
+            result = demo(settings, cancel, reward=of_variant)
+        except UserError as error:
+            raise UserError(f"{file.stem}: {error}")
+        result["settings"] = settings
         result["reward"] = reward
         result["direct"] = measure_pay(folder / file.stem) | measure_traces(folder / file.stem)
         part = file.with_suffix(".part")
@@ -1153,7 +1148,7 @@ def draw_study(tables, out):
             axes.plot(list(sound.values()), [label] * len(sound), "o", markersize=3, alpha=0.4, color=color)
             if gains:
                 axes.errorbar(fmean(sound.values()), label, xerr=t_interval(gains), fmt="o", color=color, label=kind)
-        axes.set_title(f"{cancel:.0%} of the wrong sums leave the answer right", fontsize=10)
+        axes.set_title(f"{cancel:.0%} of the mistaught sums leave the answer right", fontsize=10)
         axes.set_xlabel("share of sound traces after training", fontsize=9)
     panels[0].invert_yaxis()
     legend = dict(zip(*reversed(panels[0].get_legend_handles_labels())))
@@ -1209,20 +1204,19 @@ class TextModel(Policy):
     """A text model of transformers in the place of a Policy: it samples in the same way, and sees no image."""
 
     def __init__(self, config):
-        self.config = config
-        self.device = ir.resolve_device(config.device)
+        device = ir.resolve_device(config.device)
         with ir.blame(f"--model {config.model}: not a text model with a chat template, here or on the Hub"):
-            self.hf = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype)
-            self.hf.to(self.device).eval()
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-            self.tokenizer.get_chat_template()
-        self.lm_head = self.hf.get_output_embeddings()
-        eos = self.hf.generation_config.eos_token_id
-        self.stop_ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        self.image_token_id = -1
-        self.image_mask_names = ()
-        self.has_3d_positions = False
+            hf = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+            tokenizer.get_chat_template()
+            if getattr(hf.config, "final_logit_softcapping", None):
+                raise ValueError("its logits are not lm_head(hidden)")
+        hf.config.image_token_id = -1
+        super().__init__(config, (hf.to(device).eval(), tokenizer, None))
         self.captures = False
+
+    def add_adapters(self):
+        """It has none."""
 
     def adapter(self, role):
         return contextlib.nullcontext()
@@ -1245,21 +1239,31 @@ def premise(settings, questions, described, adapter="", pixels=336, batch=8, rep
         raise UserError(f"--questions {questions} --pixels {pixels} --batch {batch}: must be at least 1")
     if described and adapter:
         raise UserError("--adapter: a text model has none. Leave --described out")
+    asked = {**settings, "adapter": adapter, "described": described, "pixels": pixels}
+    for of_machine in ("device", "dtype", "enforce_eager"):
+        asked.pop(of_machine, None)
     with result_file(json_file) as result:
-        rows = []
-        if replies and Path(replies).exists():
-            with ir.blame(f"--replies {replies}: must hold replies of an earlier premise"):
-                rows = [{**row, "pay": dict(row["pay"])} for row in ir.read_jsonl(Path(replies))]
+        rows = {}  # by the question's number
+        if replies:
+            with ir.blame(f"--replies {replies}: must hold replies of an earlier premise, or be a new file"):
+                Path(replies).touch()
+                for number, row in enumerate(ir.read_jsonl(Path(replies))):
+                    rows[row.get("number", number)] = {**row, "pay": dict(row["pay"])}
             ir.say(f"{len(rows)} questions are answered in {replies}")
-        if len(rows) < questions:
+        missing = [number for number in range(questions) if number not in rows]
+        if missing:
+            for row in rows.values():
+                if row.get("asked", asked) != asked:
+                    raise UserError(f"--replies {replies}: was made with {row['asked']}. Choose another file")
             model, role = (TextModel(Config(**settings)), None) if described else ir.load_solver(settings, adapter)
-        while len(rows) < questions:
-            numbers = range(len(rows), min(len(rows) + batch, questions))
-            new = answer_questions(model, role, numbers, described, pixels)
+        for start in range(0, len(missing), batch):
+            new = answer_questions(model, role, missing[start:start + batch], described, pixels)
+            new = [{**row, "asked": asked} for row in new]
             if replies:
                 ir.append_jsonl(Path(replies), new)
-            rows += new
-            ir.say(f"{len(rows)} of {questions} questions")
+            rows |= {row["number"]: row for row in new}
+            ir.say(f"{questions - len(missing) + start + len(new)} of {questions} questions")
+        rows = [rows[number] for number in range(questions)]
         result |= weigh_premise(rows)
         result["predictions"] = rows
 
@@ -1273,7 +1277,7 @@ def answer_questions(model, role, numbers, described, pixels):
         rng = random.Random(ir.derive_seed("premise", number))
         image, dice = draw_dice(rng)
         question, colors, answer = dice_question(dice, rng)
-        rows.append({"question": question, "dice": dice, "colors": colors, "answer": answer})
+        rows.append({"number": number, "question": question, "dice": dice, "colors": colors, "answer": answer})
         text = ir.solver_prompt(question)
         if described:
             shown = ", ".join(f"the {color} die shows {pips}" for color, pips in dice.items())
@@ -1441,17 +1445,17 @@ def run_command(command, argv):
     COMMANDS[command](argv)
 
 def add_json(parser):
-    parser.add_argument("--json", default="", metavar="FILE", help="write the result to this new file")
+    parser.add_argument("--json", dest="json_file", default="", metavar="FILE", help="write the result to a new file")
 
 def run_demo(argv):
-    parser = ir.Parser("demo", ir.ALL_SETTINGS, {**DEMO, "images_per_rank": images_per_demo_rank()})
+    parser = ir.Parser("demo", ir.ALL_SETTINGS, DEMO)
     parser.add_argument("--cancel", type=float, default=0.5, metavar="SHARE",
                         help="share of the mistaught sums whose error leaves the answer right; default 0.5")
     add_json(parser)
     settings, own = parser.read(argv)
-    if settings.get("dry_run"):
-        raise UserError("demo --dry_run: the demo makes its own pictures and model, so there is nothing to check")
-    demo(settings, own["cancel"], own["json"])
+    for name in settings.keys() & {"model", "data", "dry_run"}:
+        raise UserError(f"demo --{name}: the demo makes its own pictures and model. Leave the flag out")
+    demo(settings, **own)
 
 def run_eval(argv):
     parser = ir.Parser("eval", (*ir.ASK_SETTINGS, "num_rollouts", "temperature", "seed"))
@@ -1461,17 +1465,17 @@ def run_eval(argv):
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="questions at a time; default 32")
     add_json(parser)
     settings, own = parser.read(argv)
-    evaluate_file(settings, own["file"], own["adapter"], own["batch_size"], own["json"])
+    evaluate_file(settings, **own)
 
 def run_report(argv):
     parser = ir.Parser("report")
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument("--out", default="report.png", metavar="FILE", help="default report.png")
     _, own = parser.read(argv)
-    report(own["runs"], own["out"])
+    report(**own)
 
 def run_study(argv):
-    of_grid = ("advantage", "seed", "run_name", "output_dir", "resume", "dry_run")
+    of_grid = ("advantage", "seed", "run_name", "output_dir", "resume", "dry_run", "model", "data")
     parser = ir.Parser("study", [name for name in ir.ALL_SETTINGS if name not in of_grid], DEMO)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="default 0 to 4")
@@ -1481,7 +1485,7 @@ def run_study(argv):
     parser.add_argument("--workers", type=int, default=2, help="processes; default 2")
     parser.add_argument("--table", action="store_true", help="of what is there, without another run")
     settings, own = parser.read(argv)
-    study(own["folder"], own["rows"], own["cancel"], own["seeds"], settings, own["workers"], own["table"])
+    study(settings, **own)
 
 def run_premise(argv):
     parser = ir.Parser("premise", (*ir.ASK_SETTINGS, "num_rollouts", "temperature", "seed"))
@@ -1494,21 +1498,22 @@ def run_premise(argv):
                         help="append the replies to this file; questions that it holds are not asked again")
     add_json(parser)
     settings, own = parser.read(argv)
-    own["json_file"] = own.pop("json")
     premise(settings, **own)
 
 def run_bench(argv):
     parser = ir.Parser("bench")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--images", type=int, default=1)
-    parser.add_argument("--num_rollouts", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3)
+    for name, default in (("images", 1), ("num_rollouts", 5), ("steps", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--compare", action="store_true", help="also time the plain loop, in turn")
     parser.add_argument("--enforce_eager", action="store_true", help="on a GPU: without a captured decode step")
     add_json(parser)
     _, own = parser.read(argv)
-    options = (own["steps"], own["compare"], own["enforce_eager"], own["json"])
-    bench(own["size"], own["images"], own["num_rollouts"], *options)
+    images, n, steps = own["images"], own["num_rollouts"], own["steps"]
+    if min(images, n, steps) < 1:
+        raise UserError(f"--images {images} --num_rollouts {n} --steps {steps}: must be at least 1")
+    with result_file(own["json_file"]) as result:
+        result |= bench(own["size"], images, n, steps, own["compare"], own["enforce_eager"])
 
 COMMANDS = {"demo": run_demo, "eval": run_eval, "report": run_report, "study": run_study, "premise": run_premise,
             "bench": run_bench}
@@ -2300,6 +2305,14 @@ def test_where_capturing_is_off_or_fails_sampling_goes_on(policy, capsys, enforc
     assert capture.call_count == captures  # a capture that failed is not tried again
     assert len(re.findall("warning: .*Invalidated\n", capsys.readouterr().err)) == captures
 
+def test_a_policy_on_the_cpu_leaves_a_gpu_alone(policy):
+    expected = sample(policy, 3, 20)
+    with patch("torch.cuda.is_available", return_value=True):
+        cpu = Policy(policy.config)
+        cpu.hf.load_state_dict(policy.hf.state_dict())
+        with patch("torch.cuda.Stream", side_effect=RuntimeError), patch("torch.cuda.CUDAGraph", side_effect=OSError):
+            assert tokens(sample(cpu, 3, 20)).equal(tokens(expected))
+
 @pytest.mark.parametrize("length", [1, 2, 16, 17, 40])
 def test_sampling_waits_for_the_device_once_in_16_tokens(policy, length):
     class Count(TorchDispatchMode):
@@ -2590,6 +2603,12 @@ def test_resume_goes_on_with_the_next_images_also_to_another_length(
     first, second = wandb.init.call_args_list
     assert first.kwargs["id"] == second.kwargs["id"]
     assert wandb.log.call_count == 2
+    assert wandb.finish.call_count == 2  # or W&B calls the run crashed
+
+def test_a_signal_while_the_model_loads_ends_at_once(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ir, "Policy", lambda config: os.kill(os.getpid(), signal.SIGINT))
+    assert ir.main(flags(train_settings(world, tmp_path))) == 2
+    assert capsys.readouterr().err == "ireasoner: interrupted\n"
 
 def test_a_resumed_run_tells_that_the_folder_holds_more_images(world, straight_run, tmp_path, capsys):
     shutil.copytree(straight_run, tmp_path / "run")
@@ -2600,7 +2619,7 @@ def test_a_resumed_run_tells_that_the_folder_holds_more_images(world, straight_r
 
 @pytest.mark.parametrize("owner, name, error, advice", [
     (torch, "save", OSError("No space left"), "--resume goes on"),
-    (Policy, "score", torch.OutOfMemoryError("2 GiB\nmore"), "Lower --score_rollouts")])
+    (Policy, "score", torch.OutOfMemoryError("2 GiB\nmore"), "Lower .*--score_rollouts")])
 def test_a_full_disk_or_gpu_ends_training_in_one_line(world, tmp_path, capsys, owner, name, error, advice):
     arguments = [*flags(train_settings(world, tmp_path)), "--resume"]
     with patch.object(owner, name, side_effect=error):
@@ -2822,7 +2841,11 @@ def snapshot(folder):
     "ask a.png What is it -> unrecognized arguments: is it",
     "study good.jsonl -> good.jsonl: is a file",
     "study new --rows group:evolm -> --rows group:evolm",
+    "study new --rows ema:evolmm --lambda_max 0.5 -> --lambda_max: the row ema:evolmm sets it",
+    "demo --model x -> demo --model: the demo makes its own",
+    "bench --steps 0 -> --steps 0: must be at least 1",
     "premise --questions 0 --model x -> --questions 0",
+    "premise --replies half/new/file --model x -> --replies half/new/file: must",
     "eval good.jsonl --adapter not_finite/step_000006 -> not_finite/step_000006/solver: .*not finite",
     "eval good.jsonl --adapter other_rank/step_000006 -> other_rank/step_000006/solver: .*size mismatch",
     "eval good.jsonl --json ./good.jsonl -> --json ./good.jsonl: must be a new file",
@@ -3279,6 +3302,12 @@ def test_shuffled_permutes_the_step_rewards_of_the_majority_and_changes_nothing_
     assert (0.5 * plain["density"] <= paid[majority]).all() and (paid[majority] <= plain["density"]).all()
     assert len(set(paid[majority])) == 5
 
+def test_a_claim_is_true_for_itself():
+    true = ["red shows 3", "3 + 9 = 12", "12 is even", "9 is odd"]
+    assert all(is_true(step, {"red": 3}) for step in true)
+    false = ["", "7 is", "3 + x = 5", "blue shows 3", "red shows 4", "3 + 4 = 9", "9 is even", "red"]
+    assert not any(is_true(step, {"red": 3}) for step in false)
+
 def test_a_study_goes_on_after_an_interruption_and_makes_no_run_twice(world, tmp_path, capsys):
     # a dice world that is there already is used
     shutil.copytree(world, tmp_path / "runs" / world_name(0, 0.5))
@@ -3306,6 +3335,8 @@ def test_a_study_goes_on_after_an_interruption_and_makes_no_run_twice(world, tmp
     out = capsys.readouterr().out
     assert "| mean evolmm | 1 |" in out
     assert "| group shuffled | 1 |" in out
+    assert ir.main(["study", str(tmp_path), "--seeds=0", "--cancel=0.5", "--rows=mean:evolmm"]) == 2  # without `line`
+    assert "made with --" in capsys.readouterr().err
 
 @pytest.mark.parametrize("folder", [".", "earlier"])
 def test_the_study_s_page_shows_the_tables_of_its_files(tmp_path, capsys, folder):
@@ -3502,6 +3533,9 @@ def test_premise_asks_a_model_keeps_its_replies_and_goes_on(world, tmp_path, des
         out = tmp_path / f"{name}{questions}.json"
         replies = f"--replies={tmp_path / name}"
         assert ir.main([*arguments, f"--questions={questions}", f"--batch={batch}", replies, f"--json={out}"]) == 0
+        if questions == 1:
+            (tmp_path / name).write_text((tmp_path / name).read_text()[:-9])  # a crash tore the line
+    assert ir.main(["premise", "--model=other", "--pixels=56", "--questions=4", f"--replies={tmp_path / 'a'}"]) == 2
     whole, resumed = [json.loads((tmp_path / f"{name}3.json").read_text()) for name in "ab"]
     rows = whole.pop("predictions")
     assert [row["texts"] for row in rows] == [row["texts"] for row in resumed.pop("predictions")]

@@ -1,4 +1,4 @@
-"""Eyes for a language model: gives any Qwen2 text model of transformers a small vision tower that sees pictures of
+"""Eyes for a language model: gives any Qwen2.5 text model of transformers a small vision tower that sees pictures of
 dice, and writes a Qwen2.5-VL checkpoint that `python ireasoner.py --model OUT` trains.
 
     python .github/study/eyes.py LM_FOLDER OUT [TABLE]
@@ -11,7 +11,7 @@ the same command:
 2. replies: what the model itself replies to `solver_prompt` and `proposer_prompt` when it is told in words what a
    picture shows, it must find as likely when it reads the table's vectors; with descriptions in between.
 3. tower: a vision tower learns to turn pictures into those vectors. No language model takes part.
-With the TABLE that an earlier run learned, OUT.part/replies.pt, the first two stages are left out.
+With the TABLE that an earlier run learned, OUT.part/replies.pt, the first two stages are left out. Give it a new OUT.
 """
 import json
 import math
@@ -126,7 +126,7 @@ class Table(torch.nn.Module):
         names = {ImageColor.getrgb(code): color for color, code in world.COLORS.items()}
         cells = []
         for y in (9, 65):
-            for x in (28, 84):  # a pixel above the pips, black where the cell is empty
+            for x in (28, 84):  # a pixel above the pips, of the background where the cell is empty
                 color = names.get(image.getpixel((x, y)))
                 cells.append(self.die(color, dice[color]) if color else self.empty[0])
         cells = torch.stack(cells).unflatten(0, (2, 2)).unflatten(2, (2, 2))  # (2, 2, 2, 2, d): y, x, y and x inside
@@ -318,4 +318,6 @@ def check(folder, out):
     ir.say(f"described rightly: {right} of 64 pictures that were never taught, {dice_right} of 192 dice")
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        raise SystemExit(__doc__)
     open_eyes(*map(Path, sys.argv[1:]))
