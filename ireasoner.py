@@ -552,8 +552,7 @@ def split_steps(think: str, max_steps: int = 8) -> list[str]:
     return steps if any(steps) else []
 
 # Minus signs and hyphens, typographic quotes; zero-width characters are dropped
-_FOLDED_CHARACTERS = {**dict.fromkeys(map(ord, "−–‐‑"), "-"), **dict.fromkeys(map(ord, "“”«»"), '"'),
-                      **dict.fromkeys(map(ord, "‘’"), "'"), ord("\u200b"): None, ord("\ufeff"): None}
+_FOLDED_CHARACTERS = str.maketrans("−–‐‑“”«»‘’", "----\"\"\"\"''", "\u200b\ufeff")
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _NUMBER_WORD = re.compile(rf"(?<![^\W_])(?:{'|'.join(_NUMBER_WORDS)})(?![^\W_])")
 # "the cat", but not "a or b", "a b"
@@ -667,6 +666,10 @@ class Policy:
         """`backbone` is a (model, tokenizer, processor) to use instead of loading `config.model`."""
         self.config = config
         self.device = resolve_device(config.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        # On an H100, torch 2.11 to 2.13 take cuDNN, whose gradients can be NaN under a mask (pytorch issue 196678)
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.hf, self.tokenizer, self.processor = backbone or load_backbone(config, self.device)
         self.lm_head = self.hf.get_output_embeddings()  # only completions need logits
         self.image_token_id = self.hf.config.image_token_id
@@ -891,7 +894,7 @@ class Policy:
             return capture(decode) if self.captures else decode
         except RuntimeError as error:
             self.captures = False
-            words = str(error).splitlines()[0]
+            words = str(error.__context__ or error).splitlines()[0]
             print(f"warning: rank {rank()} samples by plain calls, slower: capturing failed: {words}", file=sys.stderr)
             return decode
 
@@ -954,19 +957,25 @@ def capture(step):
     if not torch.cuda.is_available():
         return step
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may use the GPU
-        step()
+    side = side_stream()
+    with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        step()  # other threads may use the GPU meanwhile
     return graph.replay
 
 def on_side_stream(step):
-    """Calls of `step` on a stream of their own, where PyTorch wants the calls before a capture."""
-    side = torch.cuda.Stream()
+    """Plain calls of `step` on the stream of captures: a capture must not be the first to use a library there."""
+    side = side_stream()
     def run():
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             step()
         torch.cuda.current_stream().wait_stream(side)
     return run
+
+@functools.cache
+def side_stream():
+    """The stream of captures, always the same: ROCm's hipBLASLt sets itself up once per stream."""
+    return torch.cuda.Stream()
 
 def uniform_numbers(seeds, num_samples, length):
     """Uniform numbers, (B N, length), float64: a stream per completion, keyed by its prompt's seed and its number."""
@@ -1038,12 +1047,12 @@ def load_backbone(config, device):
             raise ValueError("it has no chat template")
     return hf.to(device).eval(), tokenizer, processor
 
+@functools.cache
 def checkpoint_folder(model):
     """The folder with a backbone's files: `model` itself, or its place in the Hugging Face Hub's cache."""
     if Path(model, "adapter_config.json").exists() or Path(model, "solver").exists():
         raise UserError(f"--model {model}: that is an adapter: give it as --adapter, and its backbone as --model")
-    flaw = "no model in this folder" if Path(model).is_dir() else "no such folder, and not found on the Hub"
-    with blame(f"--model {model}: {flaw}"):
+    with blame(f"--model {model}: no such folder with a model, and not found on the Hub"):
         return Path(transformers.utils.cached_file(model, "config.json")).parent
 
 def adapter_settings(folder):
@@ -1162,10 +1171,7 @@ def join_ranks(device):
     """Joins the process group of torchrun, if torchrun started us: nccl (RCCL on ROCm) on GPUs, gloo on the CPU."""
     if "RANK" not in os.environ or dist.is_initialized():
         return
-    backend = "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, number, size = next(rendezvous("env://"))
     # torchrun keeps its store, with the addresses of dead ranks, over a restart: each attempt has a part of its own
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -1195,19 +1201,13 @@ def on_rank_zero(function, *arguments):
         raise result
     return result
 
-@contextlib.contextmanager
-def stop_signals():
-    """Inside the block SIGTERM and SIGINT (preemption, Ctrl-C) are only noted, in a list, so that the step in flight is
-    finished."""
+def stop_signals(stack):
+    """A list of the SIGTERMs and SIGINTs (Ctrl-C) that come until the stack closes; nothing else follows from them."""
     caught = []
-    old = {}
     for number in (signal.SIGTERM, signal.SIGINT):
-        old[number] = signal.signal(number, lambda number, frame: caught.append(number))
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        before = signal.signal(number, lambda number, frame: caught.append(number))
+        stack.callback(signal.signal, number, before)
+    return caught
 
 # ---- Images ----------------------------------------------------------------------------------------------------------
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -1315,6 +1315,7 @@ def start_log(run, config, last_step, stack):
             import wandb
             wandb.init(project=config.wandb, name=run.name, id=str(derive_seed(str(run.resolve()))), resume="allow",
                        config=dataclasses.asdict(config))
+            wandb.define_metric("*", step_metric="step")  # W&B's own counter refuses steps that are made again
             stack.callback(wandb.finish)
     texts = {"config.json": json.dumps(dataclasses.asdict(config), indent=2) + "\n"}
     for name in ("metrics.jsonl", "rollouts.jsonl"):
@@ -1327,10 +1328,11 @@ def start_log(run, config, last_step, stack):
             part.write_text(text, encoding="utf-8")
             part.rename(run / name)
 
-def read_jsonl(path):
-    """The rows of a log, none if it is missing. Lines that are no rows, such as one that a crash tore, are left out."""
+def read_jsonl(path, tail=math.inf):
+    """The rows of a log, or of its last `tail` bytes; none if it is missing. A line that a crash tore is left out."""
     if path.exists():
         with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+            file.seek(max(0, path.stat().st_size - tail))
             for line in file:
                 with contextlib.suppress(ValueError):
                     row = json.loads(line)
@@ -1418,7 +1420,7 @@ def train(config: Config, reward=group_rewards):
         on_rank_zero(start_log, run, config, step, stack)
         if config.num_rollouts == 1:
             say("with --num_rollouts 1 nothing can agree, so nothing is learned from agreement")
-        signals = stack.enter_context(stop_signals())  # not before: a download is not waited for
+        signals = stop_signals(stack)  # from here on a step in flight is finished; nobody waits for a download
         stopped = False
         while step < config.total_steps and not stopped:
             step += 1
@@ -1547,14 +1549,14 @@ def log_step(run, config, rows, stats, seconds):
     for role, of_role in stats.items():
         own |= {f"{key}_{role}": value for key, value in of_role.items()}
     if "pair_agreement" in means:
-        earlier = read_jsonl(run / "rollouts.jsonl")
+        earlier = read_jsonl(run / "rollouts.jsonl", tail=10**7)
         questions = [row["question"] for row in [*earlier, *rows] if row.get("question")][-256:]
         own["distinct_questions"] = len(set(questions)) / len(questions)
     metrics = join_names(means, own)
     append_jsonl(run / "rollouts.jsonl", rows)
     append_jsonl(run / "metrics.jsonl", [metrics])
     if config.wandb:
-        sys.modules["wandb"].log(metrics, step=rows[0]["step"])
+        sys.modules["wandb"].log(metrics)
     asked = [row for row in rows if row["question"]]
     if asked:
         print_step(config, metrics, asked[0])

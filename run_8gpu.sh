@@ -58,7 +58,7 @@ fi
 # One CPU thread a process does for feeding a GPU; more would only fight over the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # So many seconds torchrun waits after SIGTERM for processes that are ending, not 30 (torch 2.12 or later).
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-280}"
 # MIOpen (ROCm) keeps its kernel cache in $HOME by default: locks on a network home make ranks wait for each other.
 export MIOPEN_USER_DB_PATH="${MIOPEN_USER_DB_PATH:-${TMPDIR:-/tmp}/miopen-${USER:-user}-$node_rank}"
 export MIOPEN_CUSTOM_CACHE_DIR="${MIOPEN_CUSTOM_CACHE_DIR:-$MIOPEN_USER_DB_PATH}"
@@ -73,6 +73,7 @@ if [ "$nnodes" -gt 1 ]; then
   fi
   # No restarts: after one, the nodes would not agree where to meet.
   rendezvous=(--nnodes="$nnodes" --node_rank="$node_rank" --rdzv_backend=c10d --rdzv_id="${SLURM_JOB_ID:-ireasoner}"
+              --rdzv_conf=read_timeout=900  # node 0 comes last, after its dry run
               --rdzv_endpoint="${MASTER_ADDR:?set MASTER_ADDR to the host name of node 0}:${MASTER_PORT:-29500}")
 fi
 exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node="$nproc" "$script" "$@"

@@ -29,7 +29,7 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean, median, stdev
-from unittest.mock import Mock, patch
+from unittest.mock import MagicMock, Mock, patch
 
 import numpy
 import pytest
@@ -1096,62 +1096,62 @@ def print_tables(tables):
         heads = [f"cancel {cancel:g}", "seeds", *STUDY_COLUMNS.values(), "Δ traces, mean@5", "Δ traces, greedy"]
         print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
         for name, runs in rows.items():
-            base = rows.get(f"{name.split()[0]} evolmm", {})
             cells = [name, str(len(runs))]
             for key in STUDY_COLUMNS:
                 values = [numbers[key] for numbers in runs.values() if key in numbers]
                 spread = stdev(values) if len(values) > 1 else math.nan
                 cells.append(f"{fmean(values):.3f} ± {spread:.3f}" if values else "")
             for key in ("trace_mean_at_n", "trace_greedy"):
-                gains = [runs[seed][key] - base[seed][key] for seed in runs if seed in base]
+                gains = gains_of(rows, name, key)
                 cells.append(f"{fmean(gains):+.3f} ± {t_interval(gains):.3f}" if gains else "")
             print(f"| {' | '.join(cells)} |")
 
-KINDS = {  # in the picture of the study: what a reward is there for -> rewards and color
-    "answers alone (evolmm)": (["evolmm"], "C7"),
-    "answers and steps": (["ireasoner", "no_warmup", "numbers"], "C0"),
-    "step rewards without their content: a control": (["shuffled", "numbers_shuffled", "noise"], "C1"),
-    "other presets": ([], "C4"),
+def gains_of(rows, name, key):
+    """What a row's seeds gain over `evolmm` with the same advantage and seed."""
+    base = rows.get(f"{name.split()[0]} evolmm", {})
+    return [numbers[key] - base[seed][key] for seed, numbers in rows[name].items() if seed in base]
+
+ALONE = ("answers alone (evolmm)", "C7")
+STEPS = ("answers and steps", "C0")
+CONTROL = ("step rewards without their content: a control", "C1")
+KINDS = {  # in the picture of the study, in its order: what a reward is there for, and a color
+    "evolmm": ALONE, "ireasoner": STEPS, "no_warmup": STEPS, "numbers": STEPS,
+    "shuffled": CONTROL, "numbers_shuffled": CONTROL, "noise": CONTROL,
 }
 
-def kind_of(reward):
-    for kind, (rewards, _) in KINDS.items():
-        if reward in rewards or not rewards:
-            return kind
-
 def draw_study(tables, out):
-    """Sound traces by reward, a panel for each share of errors that cancel, the rewards of KINDS first: each seed pale,
-    their mean, and around it the interval of its gain over `evolmm`."""
+    """Sound traces by reward, a panel for each share of errors that cancel, the rewards of KINDS first: each seed pale;
+    where there is `evolmm` to compare with, their mean, and around it the interval of the gain."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no picture: matplotlib is missing. Try pip install matplotlib")
         return
-    order = sum([rewards for rewards, _ in KINDS.values()], [])
+    order = list(KINDS)
     names = {name for rows in tables.values() for name in rows if not name.startswith("seed model")}
-    names = sorted(names, key=lambda name: (name.split()[0], (order + name.split()[1:]).index(name.split()[1])))
+    names = [name.split() for name in names]
+    names.sort(key=lambda name: (name[0], (order + name[1:]).index(name[1])))
     figure = Figure(figsize=(3.5 + 3.8 * len(tables), 1.8 + 0.32 * len(names)), layout="constrained", facecolor="white")
     panels = figure.subplots(1, len(tables), sharex=True, sharey=True, squeeze=False)[0]
+    legend = {}
     for axes, (cancel, rows) in zip(panels, tables.items()):
-        seed_model = []
-        for name in rows.keys() - names:
-            seed_model.append(fmean(numbers["trace_mean_at_n"] for numbers in rows[name].values()))
+        seed_model = [fmean(numbers["trace_mean_at_n"] for numbers in runs.values())
+                      for name, runs in rows.items() if name.startswith("seed model")]
         axes.axvline(max(seed_model), color="black", linestyle=":", label="seed model, best temperature")
-        for name in names:
-            advantage, reward = name.split()
-            base = rows.get(f"{advantage} evolmm", {})
-            sound = {seed: numbers["trace_mean_at_n"] for seed, numbers in rows.get(name, {}).items()}
-            gains = [sound[seed] - base[seed]["trace_mean_at_n"] for seed in sound if seed in base]
-            kind = kind_of(reward)
-            _, color = KINDS[kind]
+        for advantage, reward in names:
+            runs = rows.get(f"{advantage} {reward}", {})
+            sound = [numbers["trace_mean_at_n"] for numbers in runs.values()]
+            kind, color = KINDS.get(reward, ("other presets", "C4"))
             label = f"{reward}, --advantage {advantage}"
-            axes.plot(list(sound.values()), [label] * len(sound), "o", markersize=3, alpha=0.4, color=color)
+            axes.plot(sound, [label] * len(sound), "o", markersize=3, alpha=0.4, color=color)
+            gains = gains_of(rows, f"{advantage} {reward}", "trace_mean_at_n") if runs else []
             if gains:
-                axes.errorbar(fmean(sound.values()), label, xerr=t_interval(gains), fmt="o", color=color, label=kind)
+                axes.errorbar(fmean(sound), label, xerr=t_interval(gains), fmt="o", color=color, label=kind)
         axes.set_title(f"{cancel:.0%} of the mistaught sums leave the answer right", fontsize=10)
         axes.set_xlabel("share of sound traces after training", fontsize=9)
+        handles, labels = axes.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles))
     panels[0].invert_yaxis()
-    legend = dict(zip(*reversed(panels[0].get_legend_handles_labels())))
     figure.legend(legend.values(), legend, loc="outside lower center", ncols=2,
                   title="bars: 95 % interval of the gain over evolmm; pale: each seed")
     figure.savefig(out, dpi=100)
@@ -2305,6 +2305,20 @@ def test_where_capturing_is_off_or_fails_sampling_goes_on(policy, capsys, enforc
     assert capture.call_count == captures  # a capture that failed is not tried again
     assert len(re.findall("warning: .*Invalidated\n", capsys.readouterr().err)) == captures
 
+def test_plain_calls_and_a_capture_share_one_stream():
+    streams = Mock(side_effect=[Mock(), Mock()])
+    entered = MagicMock()
+    graph = MagicMock()
+    ir.side_stream.cache_clear()
+    with patch.multiple("torch.cuda", is_available=Mock(), current_stream=Mock(), CUDAGraph=Mock(), Stream=streams,
+                        stream=entered, graph=graph):
+        ir.on_side_stream(Mock())()
+        ir.capture(Mock())
+    ir.side_stream.cache_clear()
+    of_plain, of_capture = entered.call_args_list
+    assert of_plain == of_capture
+    assert of_capture.args == (graph.call_args.kwargs["stream"],)
+
 def test_a_policy_on_the_cpu_leaves_a_gpu_alone(policy):
     expected = sample(policy, 3, 20)
     with patch("torch.cuda.is_available", return_value=True):
@@ -2609,6 +2623,13 @@ def test_a_signal_while_the_model_loads_ends_at_once(world, tmp_path, monkeypatc
     monkeypatch.setattr(ir, "Policy", lambda config: os.kill(os.getpid(), signal.SIGINT))
     assert ir.main(flags(train_settings(world, tmp_path))) == 2
     assert capsys.readouterr().err == "ireasoner: interrupted\n"
+
+def test_the_end_of_a_log_is_read_alone(tmp_path):
+    rows = [{"n": n, "text": "é" * n} for n in range(100)]
+    ir.append_jsonl(tmp_path / "log", rows)
+    last = list(ir.read_jsonl(tmp_path / "log", tail=5000))
+    assert 2 < len(last) < 50
+    assert last == rows[-len(last):]
 
 def test_a_resumed_run_tells_that_the_folder_holds_more_images(world, straight_run, tmp_path, capsys):
     shutil.copytree(straight_run, tmp_path / "run")
