@@ -1148,7 +1148,7 @@ def draw_study(tables, out):
             if gains:
                 axes.errorbar(fmean(sound), label, xerr=t_interval(gains), fmt="o", color=color, label=kind)
         axes.set_title(f"{cancel:.0%} of the mistaught sums leave the answer right", fontsize=10)
-        axes.set_xlabel("share of sound traces after training", fontsize=9)
+        axes.set_xlabel("share of sound traces after training, mean@5", fontsize=9)
         handles, labels = axes.get_legend_handles_labels()
         legend |= dict(zip(labels, handles))
     panels[0].invert_yaxis()
@@ -2621,7 +2621,9 @@ def test_resume_goes_on_with_the_next_images_also_to_another_length(
 
 def test_a_signal_while_the_model_loads_ends_at_once(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ir, "Policy", lambda config: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background ignore it
     assert ir.main(flags(train_settings(world, tmp_path))) == 2
+    signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "ireasoner: interrupted\n"
 
 def test_the_end_of_a_log_is_read_alone(tmp_path):
