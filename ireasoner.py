@@ -9,7 +9,8 @@ Multimodal Models", in one file. One training step:
 
     questions <- the Proposer (LoRA adapter 1) asks one question about each of a few unlabeled pictures
     rollouts  <- the Solver (LoRA adapter 2) answers each question N = 5 times, in numbered steps
-    rewards   <- agreement of the answers (Eq 1, 5) and, inside the majority, of the steps (Eq 2-4), mixed by Eq 6
+    rewards   <- Solver: agreement of answers (Eq 1, 5) and of the majority's steps (Eq 2-4), mixed by Eq 6;
+                 Proposer: g(H), for questions on which the answers agree in part
     update    <- KL-regularized REINFORCE against the adapter-free backbone (Eq 7), with one beta per role (Eq 8)
 
     python ireasoner.py demo                                   # laptop: watch a tiny Qwen2.5-VL improve, no download
@@ -19,7 +20,7 @@ Multimodal Models", in one file. One training step:
     python ireasoner.py eval questions.jsonl --adapter STEP    # accuracy on labeled questions
     python ireasoner.py report RUN ...                         # the curves of runs, as a picture
     python ireasoner.py study FOLDER                           # the demo over rewards and seeds, as a table
-    python ireasoner.py premise --model MODEL                  # would the step reward pay it for sound reasoning?
+    python ireasoner.py premise --model MODEL                  # do sound traces of MODEL earn more step reward?
     python ireasoner.py bench                                  # seconds a step, on random weights
 
 To experiment, copy this file, edit the copy and run it: `python mine.py demo`. (demo and all from eval on need
@@ -29,7 +30,7 @@ or table of the paper, [code] for the authors' released code, [ours].
 
 Where the defaults depart from the paper's letter, and why:
 - Eq 1: a rollout without a complete <answer>, or with an empty one, is invalid: it counts in N, never votes, earns 0.
-- y: the trace is all before the last complete <answer>, in <think> or not: models often close <think> too early.
+- t_i: the trace is all before the last complete <answer>, in <think> or not: models often close <think> too early.
 - g(H): the Proposer earns the smaller of g(H) with invalid rollouts as outcomes and g(H) without them, times the share
   of valid ones. Either alone could pay it for breaking rollouts.
 - Eq 3: an empty step belongs to no G_j and scores 0. Positions where |G_j| < 2 are skipped: one trace agrees with
@@ -43,11 +44,11 @@ Where the defaults depart from the paper's letter, and why:
 Good to know: ties of Eq 2 go to the answer seen first, so with votes 2-2-1 chance decides which pair earns r_step. mu_j
 of Eq 3 contains e_ij itself, which compresses r_ij: two traces of cosine c have r = sqrt((1 + c) / 2). The KL of Eq 7
 is exact at each sampled position; its gradient leaves out, as is usual (arXiv 2506.09477), that a token also changes
-which positions come later.
+which positions come later. The defaults of Eq 1 to 8 below are for copies: training passes those of Config.
 
 Symbols: x image, q question, y_i rollout, a_i its normalized answer (`vote`), s_ij step, e_ij its embedding, a_hat the
 majority answer, G the rollouts that gave it, mu_j prototype, r_tilde agreement of a trace, rho density, lam lambda(t),
-kappa `position_decay`, b baseline, beta `kl_coef`, tau `kl_target`, eta of Eq 8 `kl_adapt_rate`.
+kappa `position_decay`, H entropy of the a_i, b baseline, beta `kl_coef`, tau `kl_target`, eta of Eq 8 `kl_adapt_rate`.
 Axes in shape comments: B prompts (one image each), N rollouts of a question, P prompt tokens, R completion tokens,
 T tokens of one completion, M those of several in a row, rows = B N, V vocabulary, d model width, J steps of a trace.
 """
@@ -132,14 +133,14 @@ class Config:
     max_new_tokens_solver: int = setting(256, (1, 65536), "longest solution, tokens [code]")
     max_pixels: int = setting(802816, (784, 10**8), "pixels to which Qwen-VL models shrink larger images [ours]")
     # rewards, Eq 1 to 6
-    answer_reward: str = setting("soft", ["soft", "discrete"], "soft: Eq 5, g(H); discrete: 0 or 1 for both [Tab 1]")
+    answer_reward: str = setting("soft", ["soft", "discrete"], "soft: Eq 5, g(H); discrete: from 0 or 1 [Tab 1]")
     alpha: float = setting(0.7, (1e-6, 100), "sharpness of the answer reward, Eq 5 [code]")
-    step_similarity: str = setting("cosine", ["cosine", "numbers"], "Eq 3 and 4, or overlap of the numbers [3.2]")
+    step_similarity: str = setting("cosine", ["cosine", "numbers"], "r_tilde: Eq 3, 4 [3.2]; overlap of numbers [ours]")
     eta: float = setting(0.05, (0, 1), "strength of the length penalty, Eq 5 [code]")
     target_words: int = setting(64, (1, 10**6), "words before the answer that cost nothing, Eq 5 [code]")
     gamma: float = setting(0.7, (0, 100), "exponent of the group density rho, Eq 2 [code]")
     position_decay: float = setting(0.15, (0, 100), "kappa, decay of the step weights w_j, Eq 4 [code]")
-    min_group_size: int = setting(2, (1, 1024), "traces needed to compare a step position, Eq 3 [code]")
+    min_group_size: int = setting(2, (1, 1024), "least |G_j|: traces needed to compare a position, Eq 3 [code]")
     max_reasoning_steps: int = setting(8, (1, 1000), "J, steps kept of a trace [Tab 3]")
     embed_max_tokens: int = setting(64, (1, 65536), "tokens of a step that are embedded, f(s) in 3.2 [code]")
     lambda_max: float = setting(0.7, (0, 1), "final weight of the step reward, Eq 6 [4.1]")
@@ -240,7 +241,7 @@ def answer_entropy(answers: list[str | None]) -> float:
     """H(x, q) = -sum p log p in nats (section 3.1). Each invalid rollout (None) is an outcome of its own with mass
     1/N, so that garbage never looks like agreement [ours]."""
     n = len(answers)
-    outcomes = Counter(i if a is None else a for i, a in enumerate(answers))  # None: its number
+    outcomes = Counter(i if a is None else a for i, a in enumerate(answers))  # each None under its own number
     return math.fsum(count / n * math.log(n / count) for count in outcomes.values())
 
 def entropy_reward(entropy: float, mu: float = 0.90, sigma: float = 0.35) -> float:
@@ -385,7 +386,7 @@ def token_statistics(hidden: torch.Tensor, ref_hidden: torch.Tensor, token_ids: 
 def advantages(rewards: list[float], baseline: float, kind: str = "ema") -> list[float]:
     """Eq 7, what multiplies log pi, for all rollouts of one question. "ema" is the paper's r - b. The others ignore b:
     "mean" is r - mean of these rewards [ours]; "group" is GRPO's (r - mean) / (sd + 1e-3) with their population sd
-    [ours]. With these a single rollout learns nothing, and two learn nothing from agreeing."""
+    [ours]. With these a single rollout learns nothing, and of two agreement pays both the same."""
     if kind == "ema":
         return [r - baseline for r in rewards]
     mean = statistics.fmean(rewards)
@@ -410,23 +411,24 @@ def adapt_kl_coef(beta: float, kl: float, target: float = 0.02, rate: float = 0.
 
 def group_rewards(rollouts: list["Rollout"], embeddings: list[torch.Tensor], lam: float, config: Config,
                   question: str = "") -> dict:
-    """YOUR REWARD HERE, or in a function of your own for `train(config, reward=...)`: all rewards of one question, from
-    its N parsed rollouts and their step embeddings, (J_i, d) each, at lambda(t). "r_sol", a list of N numbers, trains
-    the Solver and "r_prop", a number, the Proposer. The dict goes into rollouts.jsonl, and the means of its numbers and
-    of its lists of N numbers (None allowed) into metrics.jsonl."""
+    """YOUR REWARD HERE, or in a function of yours that a script gives to `train(config, reward=...)`: all rewards of one
+    question, from its N parsed rollouts and their step embeddings, (J_i, d) each, at lambda(t). "r_sol", a list of N
+    numbers, trains the Solver and "r_prop", a number, the Proposer; an image without a question never comes here and
+    pays the Proposer 0. The dict goes into rollouts.jsonl, and the means of its numbers and of its lists of N numbers
+    (None allowed) into metrics.jsonl."""
     n = len(rollouts)
-    answers = [rollout.vote for rollout in rollouts]
-    valid = [a for a in answers if a is not None]
-    p = answer_distribution(answers)  # Eq 1
-    _, group = dominant_group(answers)  # Eq 2
+    votes = [rollout.vote for rollout in rollouts]
+    valid = [a for a in votes if a is not None]
+    p = answer_distribution(votes)  # Eq 1
+    _, group = dominant_group(votes)  # Eq 2
     r_ij = step_similarity(embeddings, group, config.min_group_size)  # (|G|, J), Eq 3
     r_tilde = trajectory_agreement(r_ij, config.position_decay)  # (|G|,), Eq 4
-    if config.step_similarity == "numbers":
+    if config.step_similarity == "numbers":  # then Eq 3 and 4 are logged, and pay nothing
         r_tilde = trace_overlap([rollout.steps for rollout in rollouts], group)
     r_step = step_agreement(r_tilde, group, n, config.gamma).tolist()  # N
 
     r_ans = [0.0] * n  # what an invalid rollout keeps
-    for i, a in enumerate(answers):
+    for i, a in enumerate(votes):
         if config.answer_reward == "discrete":
             r_ans[i] = float(i in group and len(group) > 1)
         elif a is not None:
@@ -434,8 +436,9 @@ def group_rewards(rollouts: list["Rollout"], embeddings: list[torch.Tensor], lam
             r_ans[i] = answer_reward(p[a], excess, config.alpha, config.eta)  # Eq 5
     r_sol = [mix_rewards(r_ans[i], r_step[i], lam) for i in range(n)]  # Eq 6
 
-    # At N = 5 and the default bell no way of breaking rollouts pays the Proposer [ours]
-    entropy = answer_entropy(answers)
+    # g(H) with the invalid rollouts and without them, times the share of valid ones: at N = 5 and the default bell the
+    # Proposer never gains by a question that breaks a rollout [ours]
+    entropy = answer_entropy(votes)
     entropy_valid = answer_entropy(valid)
     if config.answer_reward == "discrete":
         r_prop = float(1 < len(group) < len(valid))  # some, but not all, valid rollouts agree
@@ -463,7 +466,7 @@ class Rollout:
     text: str
     think: str                   # the trace t_i: all before the answer, without tags
     steps: list[str]
-    answer: str | None           # raw text of the last complete <answer>; None without one
+    answer: str | None           # raw text of the last complete <answer>; compare `vote` instead
     words_before_answer: int
 
     @property
@@ -512,7 +515,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n\s*")
 
 def split_steps(think: str, max_steps: int = 8) -> list[str]:
     """The numbered claims of a trace, in order, at most `max_steps` (section 3.2: s_i1 ... s_iJ).
-    Reads `Step 1:` and its like, else numbered lines, `1.` or `1)`, whichever first give two steps; else its sentences.
+    Reads `Step 1:` and its like; where that gives less than two steps, numbered lines, `1.` or `1)`; else sentences.
     The label decides the position, so that step j of one trace stands beside step j of another; a step that is empty or
     missing is "". What stands before a first `Step 2` is step 1, since models take that label over from the prompt.
 
@@ -704,7 +707,7 @@ class Policy:
 
     @contextlib.contextmanager
     def adapter(self, role):
-        """Switches to a role, or to the reference for None. A role stays active after the block, for its backward pass:
+        """Switches to a role, or to the reference for None. A role STAYS active after the block, for its backward pass:
         call backward() before another role's block, since PEFT's `set_adapter` turns `requires_grad` off for all other
         adapters. Blocks do not nest. (Gradient checkpointing of the decoder, if you add it, must not cross roles.)"""
         self.hf.get_decoder().train(torch.is_grad_enabled())  # LoRA dropout acts with gradients
@@ -726,7 +729,7 @@ class Policy:
         self.peft.save_pretrained(str(folder), selected_adapters=list(ROLES), state_dict=weights,
                                   save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-        for file in checkpoint_folder(self.config.model).iterdir():
+        for file in backbone_folder(self.config.model).iterdir():
             if re.search(TEXT_FILES, file.name):
                 for role in ROLES:
                     shutil.copyfile(file, folder / role / file.name)
@@ -798,7 +801,7 @@ class Policy:
         _, tail = self.template
         images = [self.encode(prompt.image) for prompt in prompts]
         rows = [torch.tensor(image.ids + self.tokenize(p.text) + tail) for image, p in zip(images, prompts)]
-        # On the left, so that all completions begin in one column; on the CPU, since positions would wait for the GPU
+        # On the left: all completions begin in one column. On the CPU: get_rope_index would often wait for the GPU
         ids = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=-1)  # (B, P)
         mask = (ids >= 0).long()
         is_image = (ids == self.image_token_id).int()
@@ -880,7 +883,7 @@ class Policy:
             choose(repeated.hidden)
             step = on_side_stream(decode) if self.device.type == "cuda" else decode  # plain calls first
             for count in range(1, max_new_tokens):  # finished rows go on, and are cut in the end
-                if count == 4:
+                if count == 4:  # three plain calls have warmed up the libraries
                     step = self.captured(decode)
                 if count % 16 == 0 and finished.all():  # seldom, since asking waits for the device
                     break
@@ -1022,7 +1025,7 @@ def load_backbone(config, device):
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
-    checkpoint_folder(config.model)
+    backbone_folder(config.model)
     with blame(f"--model {config.model}: not a complete vision-language chat model"):
         transformers.utils.versions.require_version("transformers>=5.24")  # older: no `cache`
         hf, info = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -1048,7 +1051,7 @@ def load_backbone(config, device):
     return hf.to(device).eval(), tokenizer, processor
 
 @functools.cache
-def checkpoint_folder(model):
+def backbone_folder(model):
     """The folder with a backbone's files: `model` itself, or its place in the Hugging Face Hub's cache."""
     if Path(model, "adapter_config.json").exists() or Path(model, "solver").exists():
         raise UserError(f"--model {model}: that is an adapter: give it as --adapter, and its backbone as --model")
@@ -1064,15 +1067,6 @@ def adapter_settings(folder):
         return {"lora_r": peft["r"], "lora_alpha": peft["lora_alpha"], "model": peft["base_model_name_or_path"]}
 
 # ---- Learner: one role's optimizer, baseline and beta (Eq 7, 8) ------------------------------------------------------
-class ZeroLoss(torch.nn.Module):
-    """A loss of 0 on a role's parameters: its backward pass under DistributedDataParallel only exchanges gradients."""
-    def __init__(self, weights):
-        super().__init__()
-        self.weights = torch.nn.ParameterList(weights)
-
-    def forward(self):
-        return sum(weight.sum() for weight in self.weights) * 0.0
-
 class Learner:
     """What one role carries from step to step: its optimizer, baseline b and KL coefficient beta."""
 
@@ -1085,12 +1079,9 @@ class Learner:
         self.skips_in_a_row = 0
         self.weights = policy.lora_weights(role)
         self.optimizer = torch.optim.AdamW(self.weights, lr=config.lr, weight_decay=config.weight_decay)
-        self.exchange = None
         if world_size() > 1:
-            with policy.adapter(role):  # DDP takes the parameters that require gradients now
-                self.exchange = torch.nn.parallel.DistributedDataParallel(ZeroLoss(self.weights))
-                # DDP orders its buckets, and so its sums, after its first pass: make that one now
-                self.exchange().backward()
+            for weight in self.weights:  # the seed is the same, but another kind of GPU would draw other numbers
+                dist.broadcast(weight.data, src=0)
 
     def update(self, prompts: list[Prompt], completions: list[list[Completion]], rewards: list[list[float]],
                learn: bool = True):
@@ -1140,17 +1131,14 @@ class Learner:
                 scores = self.policy.score(self.role, prompt, replies[part], config.temperature)
                 loss = reinforce_loss(scores.logprobs, scores.kl, a[part], self.beta, config.logprob_reduction,
                                       max_tokens)
-                # The share of this pass in the mean over all rollouts of all ranks
-                share = len(replies[part]) / count
-                (loss * share * world_size()).backward()  # DDP will divide by the number of ranks
+                share = len(replies[part]) / count  # of this pass in the mean over all rollouts of all ranks
+                (loss * share).backward()
                 for kl in scores.kl:
                     kl_sum += kl.detach().mean()
-        # So far .grad holds what this rank's rollouts add to the mean, or nothing. DDP averages over the ranks whatever
-        # .grad holds when a backward pass ends, here that of a loss of 0. So gradients are exchanged once an update, a
-        # rank without a rollout takes part like any other, and afterwards all ranks hold the same
-        if self.exchange:
-            with self.policy.adapter(self.role):
-                self.exchange().backward()
+        if world_size() > 1:  # once an update; a rank without a rollout adds 0
+            for weight in self.weights:
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                dist.all_reduce(weight.grad)
         return all_sum(kl_sum.item())[0] / count
 
 # ---- Ranks: torchrun starts one process per GPU; every printed or decided number is global ---------------------------
@@ -1387,8 +1375,10 @@ class Episode:
     slot: int                                   # number of the image within the step's global batch
     path: Path
     image: EncodedImage
+    request: Prompt                             # what the Proposer is asked
     proposal: Completion | None = None
-    question: str | None = None                 # None: no question, and the Solver rests
+    question: str | None = None                 # None: no question; the Solver rests, and r_prop stays 0
+    prompt: Prompt | None = None                # what the Solver is asked
     completions: list[Completion] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
     rewards: dict = field(default_factory=lambda: {"r_prop": 0.0})
@@ -1399,7 +1389,7 @@ def train(config: Config, reward=group_rewards):
     # Fail early, before the ranks wait for each other: where there is no image, no readable one or no backbone
     paths = list_images(config.data)
     load_next_image(paths, config.seed, 0)
-    checkpoint_folder(config.model)
+    backbone_folder(config.model)
     join_ranks(resolve_device(config.device))
     with open_run(config) as (run, newest), contextlib.ExitStack() as stack:
         start = f"resumed after step {int(newest.name[5:])}" if newest else "from the start"
@@ -1420,7 +1410,7 @@ def train(config: Config, reward=group_rewards):
         on_rank_zero(start_log, run, config, step, stack)
         if config.num_rollouts == 1:
             say("with --num_rollouts 1 nothing can agree, so nothing is learned from agreement")
-        signals = stop_signals(stack)  # from here on a step in flight is finished; nobody waits for a download
+        signals = stop_signals(stack)  # only now: Ctrl-C while a model downloads ends at once
         stopped = False
         while step < config.total_steps and not stopped:
             step += 1
@@ -1444,12 +1434,12 @@ def train(config: Config, reward=group_rewards):
             # One optimizer step per role, over the rollouts of all ranks
             stats = {}
             stats["solver"] = learners["solver"].update(
-                [Prompt(e.image, solver_prompt(e.question)) for e in asked],
+                [e.prompt for e in asked],
                 [e.completions for e in asked],
                 [e.rewards["r_sol"] for e in asked])
-            # The Proposer's baseline follows every step, its adapter every fifth, as in the paper
+            # The Proposer's adapter learns every `proposer_every` steps [4.1], its baseline at each one [ours]
             stats["proposer"] = learners["proposer"].update(
-                [Prompt(e.image, proposer_prompt()) for e in episodes],
+                [e.request for e in episodes],
                 [[e.proposal] for e in episodes],
                 [[e.rewards["r_prop"]] for e in episodes],
                 learn=step % config.proposer_every == 0)
@@ -1472,8 +1462,9 @@ def propose(policy, paths, step, first_image):
     episodes = []
     for slot in range(rank() * config.images_per_rank, (rank() + 1) * config.images_per_rank):
         path, image = load_next_image(paths, config.seed, first_image + slot)
-        episodes.append(Episode(slot, path, policy.encode(image)))
-    prompts = [Prompt(e.image, proposer_prompt()) for e in episodes]
+        encoded = policy.encode(image)
+        episodes.append(Episode(slot, path, encoded, Prompt(encoded, proposer_prompt())))
+    prompts = [e.request for e in episodes]
     seeds = [derive_seed(config.seed, step, e.slot, "proposer") for e in episodes]
     samples = policy.sample("proposer", prompts, 1, config.max_new_tokens_proposer, config.temperature, seeds)
     for e, (proposal,) in zip(episodes, samples):
@@ -1484,7 +1475,9 @@ def propose(policy, paths, step, first_image):
 def solve(policy, asked, step, key="solver"):
     """Fills in N Solver rollouts for each episode. `key` keys their random numbers."""
     config = policy.config
-    prompts = [Prompt(e.image, solver_prompt(e.question)) for e in asked]
+    for e in asked:
+        e.prompt = Prompt(e.image, solver_prompt(e.question))
+    prompts = [e.prompt for e in asked]
     seeds = [derive_seed(config.seed, step, e.slot, key) for e in asked]
     samples = policy.sample("solver", prompts, config.num_rollouts, config.max_new_tokens_solver,
                             config.temperature, seeds)

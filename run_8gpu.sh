@@ -2,15 +2,15 @@
 # Trains on nodes of 8 GPUs (MI250X: 8 GCDs a node; or CUDA GPUs): one process a GPU, gradients averaged over all.
 #   ./run_8gpu.sh --data /path/to/images              any flag of `python ireasoner.py --help` may follow
 # The same command again goes on after an interruption: it always passes --resume, which continues a run or starts it.
-# What can be refused is refused before the processes start, with status 2. On one node a process that dies takes the
-# others along, and all start again from the newest checkpoint.
+# What training can refuse is refused before the processes start, with status 2. On one node a process that dies takes
+# the others along, and all start again from the newest checkpoint.
 #   NPROC=4 ./run_8gpu.sh --data ...                  fewer GPUs
 #   SCRIPT=mine.py ./run_8gpu.sh --data ...           an edited copy of ireasoner.py
 #   NPROC=2 DEVICE=cpu ./run_8gpu.sh demo             no GPU: the demo on two processes
 # Several nodes, under SLURM. SIGTERM five minutes before the end leaves time for the step in flight and its checkpoint;
 # nothing restarts here, but --requeue starts the job again after a node failed, and it goes on by itself:
-#   sbatch --nodes=4 --requeue --open-mode=append --signal=TERM@300 --wrap "srun --ntasks-per-node=1 \
-#     --gpus-per-node=8 --cpus-per-task=64 ./run_8gpu.sh --data ..."
+#   sbatch --exclusive --nodes=4 --gpus-per-node=8 --requeue --open-mode=append --signal=TERM@300 \
+#     --wrap "srun --ntasks-per-node=1 --cpus-per-task=64 ./run_8gpu.sh --data ..."
 #   NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 ./run_8gpu.sh --data ...           by hand, once on each node
 # Several nodes need a file system in common for --data, --output_dir and the Hugging Face cache.
 # More settings: MASTER_PORT (29500), MAX_RESTARTS (3 on one node), MIN_FREE_GB (48), PYTHON (python).

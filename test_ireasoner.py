@@ -3121,7 +3121,7 @@ def test_four_ranks_go_on_with_a_run_of_one_though_one_of_them_never_finds_a_que
     assert_same_numbers(folder / "one", folder / "four")
 
 def test_a_signal_to_one_rank_saves_on_all_and_resume_is_bit_for_bit(four):
-    """Sums over more than two ranks depend on the order of DDP's buckets, which must be the same after a start."""
+    """Sums over more than two ranks depend on their order, which must be the same after a start."""
     folder, process = four
     assert re.findall(r"/stopped; resumed after step (\d)", process.stdout) == ["3", "5"], process.stderr
     assert_same_bits(folder / "four", folder / "stopped")
