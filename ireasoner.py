@@ -118,7 +118,7 @@ class Config:
     """All settings; brackets name the source of the default. Raises UserError if a value is not allowed."""
     # data and run folder
     model: str = setting("Qwen/Qwen2.5-VL-7B-Instruct", None, "backbone: a folder or a Hugging Face id [4.1]")
-    data: tuple = setting(("images",), None, "folders of unlabeled images, recursive [4.1]")
+    data: tuple = setting(("images",), None, "folders of unlabeled images, recursive, but not through links [4.1]")
     output_dir: str = setting("runs", None, "folder that holds the run folders [ours]")
     run_name: str = setting("ireasoner_seed{seed}", None, "name of the run folder [ours]")
     resume: bool = setting(False, None, "continue the run, or start it where there is none yet [ours]")
@@ -298,7 +298,7 @@ def trajectory_agreement(r_ij: torch.Tensor, decay: float = 0.15) -> torch.Tenso
     """Eq 4, r_tilde_i = sum_j w_j r_ij: (|G|, J) -> (|G|,). The w_j are normalized to sum to 1 over the positions where
     r_ij is defined [code]. 0 where nothing can be compared."""
     defined = ~r_ij.isnan()  # (|G|, J)
-    w = position_weights(r_ij.shape[1], decay) * defined  # (|G|, J)
+    w = position_weights(r_ij.shape[1], decay).to(r_ij.device) * defined  # (|G|, J)
     weighted = w * r_ij.nan_to_num(0.0)
     return weighted.sum(dim=1) / w.sum(dim=1).clamp_min(1e-30)
 
@@ -411,7 +411,7 @@ def adapt_kl_coef(beta: float, kl: float, target: float = 0.02, rate: float = 0.
 
 def group_rewards(rollouts: list["Rollout"], embeddings: list[torch.Tensor], lam: float, config: Config,
                   question: str = "") -> dict:
-    """YOUR REWARD HERE, or in a function of yours that a script gives to `train(config, reward=...)`: all rewards of one
+    """YOUR REWARD HERE, or in a function that a script of yours gives to `train(config, reward=...)`: the rewards of a
     question, from its N parsed rollouts and their step embeddings, (J_i, d) each, at lambda(t). "r_sol", a list of N
     numbers, trains the Solver and "r_prop", a number, the Proposer; an image without a question never comes here and
     pays the Proposer 0. The dict goes into rollouts.jsonl, and the means of its numbers and of its lists of N numbers
@@ -730,7 +730,7 @@ class Policy:
                                   save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         for file in backbone_folder(self.config.model).iterdir():
-            if re.search(TEXT_FILES, file.name):
+            if file.is_file() and re.search(TEXT_FILES, file.name):
                 for role in ROLES:
                     shutil.copyfile(file, folder / role / file.name)
 
@@ -878,7 +878,8 @@ class Policy:
 
         with self.adapter(role):
             prefill = self.prefill(prompts)
-            length = prefill.mask.shape[1] + max_new_tokens  # all room at once: a new token does not copy the old ones
+            # All room at once: a new token does not copy the old ones
+            length = prefill.mask.shape[1] + max_new_tokens
             repeated = prefill.repeat(num_samples, max_new_tokens, lambda: transformers.StaticLayer(length))
             choose(repeated.hidden)
             step = on_side_stream(decode) if self.device.type == "cuda" else decode  # plain calls first
@@ -1080,7 +1081,8 @@ class Learner:
         self.weights = policy.lora_weights(role)
         self.optimizer = torch.optim.AdamW(self.weights, lr=config.lr, weight_decay=config.weight_decay)
         if world_size() > 1:
-            for weight in self.weights:  # the seed is the same, but another kind of GPU would draw other numbers
+            # The seed is the same, but another kind of GPU would draw other numbers
+            for weight in self.weights:
                 dist.broadcast(weight.data, src=0)
 
     def update(self, prompts: list[Prompt], completions: list[list[Completion]], rewards: list[list[float]],
@@ -1131,7 +1133,8 @@ class Learner:
                 scores = self.policy.score(self.role, prompt, replies[part], config.temperature)
                 loss = reinforce_loss(scores.logprobs, scores.kl, a[part], self.beta, config.logprob_reduction,
                                       max_tokens)
-                share = len(replies[part]) / count  # of this pass in the mean over all rollouts of all ranks
+                # Of this pass in the mean over all rollouts of all ranks
+                share = len(replies[part]) / count
                 (loss * share).backward()
                 for kl in scores.kl:
                     kl_sum += kl.detach().mean()
@@ -1220,9 +1223,11 @@ def list_images(data):
 def load_image(path):
     """An upright RGB image: first frame, EXIF rotation, alpha on white, 16 bits scaled to 8. Raises UserError."""
     with blame(f"{path}: cannot be read as an image"), Image.open(path) as image:
+        image.getexif()  # the image remembers it
+        image.info.pop("exif", None)  # or `exif_transpose` writes all tags anew, and fails at strange ones
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # convert() would clip 16 bits, not scale them
-            image = image.point(lambda value: value / 257)
+        if image.mode.startswith("I"):  # converting to RGB would clip 16 bits, not scale them
+            image = image.convert("I").point(lambda value: value / 257)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
@@ -1294,7 +1299,7 @@ def lock_and_look(run, config, stack):
 
 def list_checkpoints(run):
     """Complete checkpoints of a run, newest first."""
-    return sorted((file.parent for file in run.glob("step_[0-9]*/trainer_state.pt")), reverse=True)
+    return sorted((file.parent for file in run.glob(f"step_{'[0-9]' * 6}/trainer_state.pt")), reverse=True)
 
 def start_log(run, config, last_step, stack):
     """Writes the settings. A resumed run makes the steps after its checkpoint again, so their rows are cut off."""
@@ -1305,12 +1310,13 @@ def start_log(run, config, last_step, stack):
                        config=dataclasses.asdict(config))
             wandb.define_metric("*", step_metric="step")  # W&B's own counter refuses steps that are made again
             stack.callback(wandb.finish)
+    made = set(range(last_step + 1))
     texts = {"config.json": json.dumps(dataclasses.asdict(config), indent=2) + "\n"}
     for name in ("metrics.jsonl", "rollouts.jsonl"):
-        rows = [row for row in read_jsonl(run / name) if row.get("step") in range(last_step + 1)]
+        rows = [row for row in read_jsonl(run / name) if row.get("step") in made]
         texts[name] = "".join(json.dumps(row) + "\n" for row in rows)
     with blame(f"{run}: cannot be written. Make room, or choose another --output_dir"):
-        # Each is written aside and renamed, so that it is there as a whole or not at all
+        # Each is written aside and renamed: a killed process leaves it as a whole or not at all
         for name, text in texts.items():
             part = run / ".part"
             part.write_text(text, encoding="utf-8")
@@ -1386,11 +1392,11 @@ class Episode:
 
 def train(config: Config, reward=group_rewards):
     """Self-evolution on folders of images. `reward` is called as `group_rewards` is. Returns the run folder."""
-    # Fail early, before the ranks wait for each other: where there is no image, no readable one or no backbone
+    join_ranks(resolve_device(config.device))
+    # Fail early, where there is no image, no readable one or no backbone
     paths = list_images(config.data)
     load_next_image(paths, config.seed, 0)
     backbone_folder(config.model)
-    join_ranks(resolve_device(config.device))
     with open_run(config) as (run, newest), contextlib.ExitStack() as stack:
         start = f"resumed after step {int(newest.name[5:])}" if newest else "from the start"
         say(f"{len(paths)} image(s), {config.images_per_rank * world_size()} a step on {world_size()} rank(s); model "
@@ -1677,9 +1683,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         message = "interrupted"
     status = 2 if message else 0
-    # Before the ranks have joined, the last of each node says why they failed: where GPUs are too few, it lacks one
+    # The first rank that fails says why; before they have joined, the last of each node: it lacks a GPU if they are few
     speaks = int(os.environ.get("LOCAL_RANK", 0)) + 1 == int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if message and dist.is_initialized():  # then the first that fails does
+    if message and dist.is_initialized():
         speaks = dist.distributed_c10d._get_default_store().add("failures", 1) == 1
     if message and speaks:
         print(f"ireasoner: {message}", file=sys.stderr)

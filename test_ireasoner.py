@@ -1535,6 +1535,7 @@ def world(tmp_path_factory):
     """A small dice world whose seed model knows the format of both roles, and little else."""
     folder = tmp_path_factory.mktemp("worlds") / "world"
     make_dice_world(folder, seed=0, cancel=0.5, num_images=24, num_questions=12, steps=130, batch_size=32)
+    (folder / "model" / "additional_chat_templates").mkdir()  # as transformers may write
     return folder
 
 @pytest.fixture
@@ -2523,7 +2524,9 @@ def test_only_finite_updates_move_baseline_and_beta_and_five_others_in_a_row_end
 def test_load_image_reads_every_mode_as_upright_rgb_on_white(tmp_path, name, mode, ink, level):
     turned = Image.Exif()
     turned[0x0112] = 6  # by 90 degrees
-    Image.new(mode, (16, 8), ink).save(tmp_path / name, exif=turned)
+    turned[0x0131] = "abc"  # software
+    of_another_type = turned.tobytes().replace(b"\x31\0\2\0\0\0\4", b"\x31\0\x0b\0\0\0\1")  # a number
+    Image.new(mode, (16, 8), ink).save(tmp_path / name, exif=of_another_type)
     loaded = ir.load_image(tmp_path / name)
     assert loaded.size == (8, 16)
     assert loaded.getpixel((1, 1)) == pytest.approx([level] * 3, abs=8)
@@ -2603,6 +2606,7 @@ def test_a_signal_saves_and_resume_is_bit_for_bit(world, straight_run, tmp_path)
 def test_resume_goes_on_with_the_next_images_also_to_another_length(
         world, straight_run, tmp_path, monkeypatch, capsys):
     run = shutil.copytree(straight_run, tmp_path / "run")
+    shutil.copytree(run / "step_000003", run / "step_000003_mine")  # no checkpoint of the program
     wandb = Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)  # it is optional
     for steps in (7, 8):
@@ -2614,6 +2618,7 @@ def test_resume_goes_on_with_the_next_images_also_to_another_length(
     paths = ir.list_images((world / "images",))
     assert images == shown_images(paths, 34)  # 6 steps of 4 images, then 2 of 5
     assert ir.list_checkpoints(run) == [run / "step_000008", run / "step_000007"]
+    assert (run / "step_000003_mine/trainer_state.pt").exists()
     first, second = wandb.init.call_args_list
     assert first.kwargs["id"] == second.kwargs["id"]
     assert wandb.log.call_count == 2
@@ -3167,8 +3172,9 @@ def test_what_rank_zero_refuses_all_refuse_in_one_line(world, straight_run, tmp_
     before = snapshot(run)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "--max-restarts=2",
                HERE / "ireasoner.py", *flags(train_settings(world, tmp_path))]
-    for more, words in (([], "holds a run already"), (["--lr=7"], "must be in")):  # after they have joined, and before
-        process = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
+    refusals = {"": "holds a run already", "--data=gone": "is not a folder", "--lr=7": "must be in"}
+    for more, words in refusals.items():  # the last one before they have joined
+        process = subprocess.run([*command, *more.split()], capture_output=True, text=True, timeout=120)
         [said] = re.findall("^ireasoner: .*", process.stderr, re.M)
         assert words in said
         assert process.returncode != 0
