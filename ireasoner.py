@@ -44,7 +44,8 @@ Where the defaults depart from the paper's letter, and why:
 Good to know: ties of Eq 2 go to the answer seen first, so with votes 2-2-1 chance decides which pair earns r_step. mu_j
 of Eq 3 contains e_ij itself, which compresses r_ij: two traces of cosine c have r = sqrt((1 + c) / 2). The KL of Eq 7
 is exact at each sampled position; its gradient leaves out, as is usual (arXiv 2506.09477), that a token also changes
-which positions come later. The defaults of Eq 1 to 8 below are for copies: training passes those of Config.
+which positions come later. In our toy study the paper's step reward taught more with --advantage group
+than with the default, ema (README). The defaults of Eq 1 to 8 below are for copies: training passes those of Config.
 
 Symbols: x image, q question, y_i rollout, a_i its normalized answer (`vote`), s_ij step, e_ij its embedding, a_hat the
 majority answer, G the rollouts that gave it, mu_j prototype, r_tilde agreement of a trace, rho density, lam lambda(t),
