@@ -3239,7 +3239,7 @@ def hub_cache(model, cache):
         folder.mkdir(parents=True)
     (repository / "refs/main").write_text(commit)
     listed = {"chat_template.json": {"size": 9, "blob_id": "f" * 40}}
-    for file in model.iterdir():
+    for file in model.glob("*.*"):  # no folder
         blob = repository / "blobs" / f"{ir.derive_seed(file.name):040x}"
         shutil.copy(file, blob)
         (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
