@@ -44,8 +44,8 @@ Where the defaults depart from the paper's letter, and why:
 Good to know: ties of Eq 2 go to the answer seen first, so with votes 2-2-1 chance decides which pair earns r_step. mu_j
 of Eq 3 contains e_ij itself, which compresses r_ij: two traces of cosine c have r = sqrt((1 + c) / 2). The KL of Eq 7
 is exact at each sampled position; its gradient leaves out, as is usual (arXiv 2506.09477), that a token also changes
-which positions come later. In our toy study the paper's step reward taught more with --advantage group
-than with the default, ema (README). The defaults of Eq 1 to 8 below are for copies: training passes those of Config.
+which positions come later. In our toy study the paper's step reward taught more with --advantage group than with the
+default, ema (README). The defaults of Eq 1 to 8 below are for copies: training passes those of Config.
 
 Symbols: x image, q question, y_i rollout, a_i its normalized answer (`vote`), s_ij step, e_ij its embedding, a_hat the
 majority answer, G the rollouts that gave it, mu_j prototype, r_tilde agreement of a trace, rho density, lam lambda(t),
@@ -1082,7 +1082,7 @@ class Learner:
         self.weights = policy.lora_weights(role)
         self.optimizer = torch.optim.AdamW(self.weights, lr=config.lr, weight_decay=config.weight_decay)
         if world_size() > 1:
-            # The seed is the same, but another kind of GPU would draw other numbers
+            # The seed is the same, but another kind of GPU might draw other numbers
             for weight in self.weights:
                 dist.broadcast(weight.data, src=0)
 
@@ -1134,8 +1134,7 @@ class Learner:
                 scores = self.policy.score(self.role, prompt, replies[part], config.temperature)
                 loss = reinforce_loss(scores.logprobs, scores.kl, a[part], self.beta, config.logprob_reduction,
                                       max_tokens)
-                # Of this pass in the mean over all rollouts of all ranks
-                share = len(replies[part]) / count
+                share = len(replies[part]) / count  # in the mean over all ranks' rollouts
                 (loss * share).backward()
                 for kl in scores.kl:
                     kl_sum += kl.detach().mean()
@@ -1224,8 +1223,9 @@ def list_images(data):
 def load_image(path):
     """An upright RGB image: first frame, EXIF rotation, alpha on white, 16 bits scaled to 8. Raises UserError."""
     with blame(f"{path}: cannot be read as an image"), Image.open(path) as image:
-        image.getexif()  # the image remembers it
-        image.info.pop("exif", None)  # or `exif_transpose` writes all tags anew, and fails at strange ones
+        # Reads the EXIF tags and drops their bytes: `exif_transpose` would write all anew, and fails at strange ones
+        image.getexif()
+        image.info.pop("exif", None)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # converting to RGB would clip 16 bits, not scale them
             image = image.convert("I").point(lambda value: value / 257)
@@ -1311,10 +1311,10 @@ def start_log(run, config, last_step, stack):
                        config=dataclasses.asdict(config))
             wandb.define_metric("*", step_metric="step")  # W&B's own counter refuses steps that are made again
             stack.callback(wandb.finish)
-    made = set(range(last_step + 1))
+    kept = set(range(last_step + 1))  # a range would be searched step by step for a float
     texts = {"config.json": json.dumps(dataclasses.asdict(config), indent=2) + "\n"}
     for name in ("metrics.jsonl", "rollouts.jsonl"):
-        rows = [row for row in read_jsonl(run / name) if row.get("step") in made]
+        rows = [row for row in read_jsonl(run / name) if row.get("step") in kept]
         texts[name] = "".join(json.dumps(row) + "\n" for row in rows)
     with blame(f"{run}: cannot be written. Make room, or choose another --output_dir"):
         # Each is written aside and renamed: a killed process leaves it as a whole or not at all
